@@ -13,6 +13,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
+class RecipeError(ValueError):
+    """A recipe asks for what the model or the run does not have; the message says what is there."""
+
+
 class Strict(BaseModel):
     """Frozen pydantic model that refuses unknown keys and names the nearest known one."""
 
