@@ -62,7 +62,7 @@ Betas = Annotated[tuple[float, float], BeforeValidator(_as_floats)]
 class ParameterGroup(Strict):
     """What differs for the parameters whose names match a pattern."""
 
-    lr_scale: float = Field(1.0, ge=0)
+    lr_scale: float = Field(default=1.0, ge=0)
     weight_decay: float | None = Field(default=None, ge=0)
 
 
@@ -76,13 +76,13 @@ class Optimizer(Strict):
     algorithm: Literal["adam", "adamw", "adamax", "sgd", "rmsprop", "adagrad"] = "adam"
     lr: float = Field(gt=0)
     betas: Betas = (0.9, 0.999)
-    alpha: float = Field(0.99, ge=0, lt=1, description="RMSprop's decay of the squared gradient")
-    momentum: float = Field(0.0, ge=0, lt=1)
-    eps: float = Field(1e-8, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    alpha: float = Field(default=0.99, ge=0, lt=1, description="RMSprop's decay of the squared gradient")
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    eps: float = Field(default=1e-8, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    final: float = Field(0.0, ge=0, description="multiple of lr that the schedule ends at")
-    warmup: int = Field(0, ge=0, description="rounds of linear warm-up")
+    final: float = Field(default=0.0, ge=0, description="multiple of lr that the schedule ends at")
+    warmup: int = Field(default=0, ge=0, description="rounds of linear warm-up")
     groups: dict[str, ParameterGroup] = Field(default_factory=dict, description="name pattern (fnmatch) -> group")
     clip_norm: float | None = Field(default=None, gt=0)
     clip_value: float | None = Field(default=None, gt=0)

@@ -12,10 +12,11 @@ share of training in which a turn is live. *Capabilities* are nominal classes th
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -36,19 +37,14 @@ class DataMismatch(ValueError):
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a model knows of the data before it sees any.
-
-    `shape` is (C, H, W) for an image, (T,) for audio, (H, W) or (T,) for codes, (D,) for a vector. Coordinates are
-    integers in {0, …, levels − 1}, or real numbers where `levels` is None. `class_shares` are the training split's
-    label marginals (uniform if empty). `context` names further inputs that come with each example.
-    """
+    """What a model knows of the data before it sees any."""
 
     kind: Kind
-    shape: tuple[int, ...]
-    levels: int | None
+    shape: tuple[int, ...]  # (C, H, W) of an image, (T,) of audio, (H, W) or (T,) of codes, (D,) of a vector
+    levels: int | None  # coordinates are integers in {0, …, levels − 1}; None: real numbers
     classes: int = 0
-    class_shares: tuple[float, ...] = ()
-    context: Mapping[str, DataSpec] = field(default_factory=dict)
+    class_shares: tuple[float, ...] = ()  # the training split's label marginals; uniform if empty
+    context: Mapping[str, DataSpec] = field(default_factory=dict)  # further inputs that come with each example
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
@@ -79,20 +75,14 @@ class DataSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the inverse of `from_dict`."""
-        return {
-            "kind": self.kind,
-            "shape": list(self.shape),
-            "levels": self.levels,
-            "classes": self.classes,
-            "class_shares": list(self.class_shares),
-            "context": {name: spec.to_dict() for name, spec in self.context.items()},
-        }
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        lists = {"shape": list(self.shape), "class_shares": list(self.class_shares)}
+        return {**plain, **lists, "context": {name: spec.to_dict() for name, spec in self.context.items()}}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
-        fields = dict(given)
-        fields["context"] = {k: cls.from_dict(v) for k, v in fields.get("context", {}).items()}
-        return cls(**fields)
+        context = {k: cls.from_dict(v) for k, v in given.get("context", {}).items()}
+        return cls(**{**given, "context": context})
 
 
 class Batch(NamedTuple):
@@ -142,13 +132,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Turn:
-    """A move in the game.
-
-    `players` are those whose optimisers step after it: several for simultaneous updates from one forward pass, none for
-    a statistics turn settled in `after` (EM, closed forms).
-    """
+    """A move in the game."""
 
     name: str  # what `loss` is asked for
+    # Whose optimisers step after it: several for simultaneous updates from one forward pass, none for a statistics turn
+    # settled in `after` (EM, closed forms).
     players: tuple[str, ...]
     every: int = 1  # rounds between plays (lazy regularisation)
     repeat: int = 1  # plays per round (n_critic), each on a fresh batch
@@ -193,10 +181,9 @@ class GenerativeModel(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, n: int, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Tensor:
-        """Draw (n, *shape) in data units.
+        """Draw (n, *shape) in data units; with y=None a conditional model draws labels from the training marginals.
 
-        With y=None a conditional model draws labels from the training marginals. A model's own options (temperature,
-        truncation, …) are keyword-only parameters of its `sample`; anything else is refused.
+        A model's own options (temperature, …) are keyword-only parameters; anything else is refused.
         """
 
     def players(self) -> Mapping[str, Sequence[nn.Parameter]]:
@@ -222,9 +209,8 @@ class GenerativeModel(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where the model's tensors live."""
-        for tensor in (*self.parameters(), *self.buffers()):
-            return tensor.device
-        return torch.device("cpu")
+        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if tensor is None else tensor.device
 
     def draw_labels(self, n: int) -> Int[Tensor, "n"]:
         """Labels from the training split's marginals, on the model's device."""
@@ -233,6 +219,16 @@ class GenerativeModel(nn.Module, ABC):
         shares = self.data.class_shares or (1.0,) * self.data.classes
         weights = torch.tensor(shares, device=self.device, dtype=torch.float32)
         return torch.multinomial(weights, n, replacement=True)
+
+    def labels_for(self, n: int, y: Tensor | None) -> Int[Tensor, "n"]:
+        """A conditional model's n labels: those given, checked, else drawn from the training marginals."""
+        if y is None:
+            return self.draw_labels(n)
+        if y.shape != (n,):
+            raise DataMismatch(f"y has shape {tuple(y.shape)}; one label a sample is needed: ({n},)")
+        if y.device.type != "meta" and bool(((y < 0) | (y >= self.data.classes)).any()):
+            raise DataMismatch(f"labels lie in 0 … {self.data.classes - 1}; given {y.min().item()} … {y.max().item()}")
+        return y.to(self.device)
 
     @classmethod
     def sample_options(cls) -> dict[str, Any]:
@@ -298,7 +294,7 @@ class HasCodes(ABC):
 
 
 class AnnealedChain(ABC):
-    """A Markov chain at one inverse temperature, over whatever state the model's chain runs on."""
+    """A Markov chain at one inverse temperature, on the model's own kind of state."""
 
     @abstractmethod
     def free_energy(self, state: Tensor) -> Float[Tensor, "B"]:
@@ -349,14 +345,3 @@ class HasReparametrizedSample(ABC):
     @abstractmethod
     def rsample_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
         """Differentiable draws (n, *shape) and their log-densities (n,)."""
-
-
-def require_labels(model: GenerativeModel, n: int, y: Tensor | None) -> Int[Tensor, "n"]:
-    """The labels of a conditional model's n samples: those given, checked, else drawn from the training marginals."""
-    if y is None:
-        return model.draw_labels(n)
-    if y.shape != (n,):
-        raise DataMismatch(f"y has shape {tuple(y.shape)}; one label a sample is needed: ({n},)")
-    if y.device.type != "meta" and bool(((y < 0) | (y >= model.data.classes)).any()):
-        raise DataMismatch(f"labels lie in 0 … {model.data.classes - 1}; given: {y.min().item()} … {y.max().item()}")
-    return y.to(model.device)
