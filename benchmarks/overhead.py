@@ -1,0 +1,140 @@
+"""The cost of the stack: training inside Ray Train and MLflow against the bare trainer, and a stage's start-up.
+
+    python -m benchmarks.overhead
+
+Steady state: the default graph's VQ-VAE-2, same data, seed, rounds and CPUs, in one session of a local Ray cluster.
+The bare run times `Trainer.fit` in a process of its own; the other takes the same span inside a worker of a Ray Train
+job that reports its rows to MLflow. Start-up: what a job of one round needs beyond importing its libraries.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import fit
+from benchmarks.harness import ROOT, Row, report
+from pipelines.cluster import call, connected, run_job
+from pipelines.params import Cluster, Tracking, load_params
+from pipelines.tracking import Tracker
+from pipelines.train import job
+
+PAIRS = 7
+ROUNDS = 600
+
+
+def bare(config: Mapping[str, Any]) -> float:
+    """Seconds that training takes with no Ray Train, no reports and no MLflow; on a worker's CPUs."""
+    import torch
+
+    from dgm_core.config import Recipe
+    from dgm_core.data.shards import open_dataset
+    from dgm_core.models import CATALOG
+    from dgm_core.training.trainer import Schedule, Trainer
+    from pipelines.train import Training
+
+    data = open_dataset(config["data"])
+    recipe = Recipe.model_validate(config["recipe"])
+    model_class = CATALOG[config["model"]]
+    torch.manual_seed(0)
+    model = model_class(model_class.Config.model_validate(config["config"]), data.spec)
+    trainer = Trainer(
+        model, recipe, Training(data, recipe, 0), folder=Path(config["folder"]), schedule=Schedule(**config["schedule"])
+    )
+    started = time.perf_counter()
+    trainer.fit()
+    return time.perf_counter() - started
+
+
+def main() -> int:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    params = load_params(ROOT / "params.yaml")
+    run = params.runs["vqvae"]
+    with tempfile.TemporaryDirectory(prefix="dgm-overhead-") as name:
+        folder = Path(name)
+        os.chdir(folder)
+        data = fit.dataset(folder, "digits", source="digits", size=16)
+        from pipelines.params import resolve
+
+        _, config, recipe = resolve("vqvae", run, data.spec)
+        recipe = recipe.merged({"steps": ROUNDS, "evaluate_every": None, "monitor": None})
+        base = {
+            "model": run.model, "config": config.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
+            "data": str(data.path), "seed": 0, "init_from": None, "report_seconds": params.cluster.report_seconds,
+            "schedule": vars(params.cluster.schedule), "overfit_batches": None, "validate": False,
+        }  # fmt: skip
+        cluster = Cluster(storage=str(folder / "state"))
+        tracker = Tracker(Tracking(system_metrics=False, log_model=False), "overhead", folder / "state")
+        ratios = []
+        with connected(cluster), tracker.running(None):
+            for pair in range(PAIRS + 1):  # the first is a warm-up
+                seconds = {}
+                for kind in ("bare", "stack") if pair % 2 else ("stack", "bare"):
+                    own = folder / f"{kind}{pair}"
+                    own.mkdir()
+                    given = {**base, "folder": str(own)}
+                    if kind == "bare":
+                        seconds[kind] = call(bare, given, cluster=cluster)
+                    else:
+                        writer = tracker.writer(f"pair{pair}/")
+                        seconds[kind] = run_job(job, given, cluster, name=own.name, on_report=writer)["seconds"]
+                if pair:
+                    ratios.append(seconds["bare"] / seconds["stack"])
+        rows = [Row("rounds per second, in the stack over bare (median)", sorted(ratios)[PAIRS // 2], 0.95)]
+        rows += _start_up(folder)
+    return report("overhead", rows)
+
+
+def _start_up(folder: Path) -> list[Row]:
+    """Wall seconds of a one-round job, beyond its imports: with a cluster of its own, and joining one."""
+    from pipelines.repro import ray_head
+
+    imports = _seconds("import torch, ray, ray.train.torch, mlflow, pipelines.train", {})
+    one = "from benchmarks.overhead import one_round; one_round()"
+    alone = _seconds(one, {"RAY_AUTH_MODE": "disabled"})
+    with ray_head() as address:
+        joining = _seconds(one, {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"})
+    return [
+        Row("imports of a training stage", imports, None, False, "s"),
+        Row("a stage's start beyond them, with a cluster of its own", alone - imports, 10, False, "s"),
+        Row("a stage's start beyond them, joining a cluster", joining - imports, 5, False, "s"),
+    ]
+
+
+def one_round() -> None:
+    """Connect, start a worker group, and stop: what a training stage does before its first round."""
+    import ray.train.torch  # noqa: F401
+
+    cluster = Cluster(storage=tempfile.mkdtemp(prefix="dgm-start-"))
+    with connected(cluster):
+        run_job(_nothing, {}, cluster, name="start", on_report=_ignore)
+
+
+def _nothing(config: Mapping[str, Any], worker: Any) -> float:
+    return time.time()
+
+
+def _ignore(payload: Mapping[str, Any]) -> None:
+    """Nothing is reported."""
+
+
+def _seconds(code: str, environment: Mapping[str, str]) -> float:
+    """Median of three runs of a fresh interpreter."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **environment})
+        times.append(time.perf_counter() - started)
+    return sorted(times)[1]
+
+
+if __name__ == "__main__":
+    from benchmarks.overhead import main as benchmark  # by its own name, so that workers can import what they are sent
+
+    raise SystemExit(benchmark())
