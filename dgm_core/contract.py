@@ -88,10 +88,10 @@ class DataSpec:
 class Batch(NamedTuple):
     """Some examples, as stored."""
 
-    x: Shaped[Tensor, "B *shape"]
-    y: Int[Tensor, "B"] | None = None
+    x: Shaped[Tensor, " B *shape"]
+    y: Int[Tensor, " B"] | None = None
     context: Mapping[str, Tensor] = {}
-    index: Int[Tensor, "B"] | None = None  # which examples: per-example state, noise that can be drawn again
+    index: Int[Tensor, " B"] | None = None  # which examples: per-example state, noise that can be drawn again
 
     def map(self, f: Any) -> Batch:
         """Apply `f` to every tensor."""
@@ -212,7 +212,7 @@ class GenerativeModel(nn.Module, ABC):
         tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
-    def draw_labels(self, n: int) -> Int[Tensor, "n"]:
+    def draw_labels(self, n: int) -> Int[Tensor, " n"]:
         """Labels from the training split's marginals, on the model's device."""
         if not self.data.classes:
             raise DataMismatch("the data has no classes, so there are no labels to draw")
@@ -220,7 +220,7 @@ class GenerativeModel(nn.Module, ABC):
         weights = torch.tensor(shares, device=self.device, dtype=torch.float32)
         return torch.multinomial(weights, n, replacement=True)
 
-    def labels_for(self, n: int, y: Tensor | None) -> Int[Tensor, "n"]:
+    def labels_for(self, n: int, y: Tensor | None) -> Int[Tensor, " n"]:
         """A conditional model's n labels: those given, checked, else drawn from the training marginals."""
         if y is None:
             return self.draw_labels(n)
@@ -245,7 +245,7 @@ class HasLikelihood(ABC):
     @abstractmethod
     def log_prob(
         self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}, *, samples: int = 1
-    ) -> Float[Tensor, "B"]:
+    ) -> Float[Tensor, " B"]:
         """Nats of the stored data. Where not exact: the ELBO at one sample, importance-weighted above."""
 
 
@@ -257,7 +257,7 @@ class HasPosterior(ABC):
         """q(z | x), event of size `latents`."""
 
     @abstractmethod
-    def kl(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, "B latents"]:
+    def kl(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B latents"]:
         """KL(q(z | x) ‖ p(z)) a latent dimension, in nats."""
 
 
@@ -271,7 +271,7 @@ class HasDecoder(ABC):
     @abstractmethod
     def decode(
         self, z: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
-    ) -> Float[Tensor, "B *shape"]:
+    ) -> Float[Tensor, " B *shape"]:
         """The mean, float, in data units (`sample` is a draw)."""
 
 
@@ -283,13 +283,13 @@ class HasCodes(ABC):
         """Level -> what its codes are, coarsest first; a finer level carries the coarser ones as context."""
 
     @abstractmethod
-    def codes(self, x: Tensor, y: Tensor | None = None) -> Mapping[str, Int[Tensor, "B *grid"]]:
+    def codes(self, x: Tensor, y: Tensor | None = None) -> Mapping[str, Int[Tensor, " B *grid"]]:
         """Level -> code indices."""
 
     @abstractmethod
     def decode_codes(
         self, codes: Mapping[str, Tensor], y: Tensor | None = None, context: Mapping[str, Tensor] = {}
-    ) -> Float[Tensor, "B *shape"]:
+    ) -> Float[Tensor, " B *shape"]:
         """The mean given the codes, float, in data units."""
 
 
@@ -297,7 +297,7 @@ class AnnealedChain(ABC):
     """A Markov chain at one inverse temperature, on the model's own kind of state."""
 
     @abstractmethod
-    def free_energy(self, state: Tensor) -> Float[Tensor, "B"]:
+    def free_energy(self, state: Tensor) -> Float[Tensor, " B"]:
         """Of the unnormalised density exp(−F) at this temperature."""
 
     @abstractmethod
@@ -309,7 +309,7 @@ class HasEnergy(ABC):
     """Models with an unnormalised density exp(−F(x))."""
 
     @abstractmethod
-    def free_energy(self, x: Tensor) -> Float[Tensor, "B"]:
+    def free_energy(self, x: Tensor) -> Float[Tensor, " B"]:
         """F(x), with log p(x) = −F(x) − log Z."""
 
     @abstractmethod

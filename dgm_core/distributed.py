@@ -47,14 +47,14 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(grad)  # itself, so that it can be differentiated again
 
 
-def all_reduce(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def all_reduce(x: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
     """Sum over ranks, differentiable (also twice)."""
     if world_size() == 1:
         return x
     return _AllReduce.apply(x)  # type: ignore[no-any-return]
 
 
-def gather_rows(x: Shaped[Tensor, "b *shape"]) -> Shaped[Tensor, "B *shape"]:
+def gather_rows(x: Shaped[Tensor, " b *shape"]) -> Shaped[Tensor, " B *shape"]:
     """All ranks' rows in rank order, differentiable. Row counts may differ between ranks."""
     if world_size() == 1:
         return x
@@ -92,7 +92,7 @@ def broadcast(x: Tensor) -> Tensor:
     return x
 
 
-def choose_rows(x: Shaped[Tensor, "b *shape"], count: int) -> Shaped[Tensor, "count *shape"]:
+def choose_rows(x: Shaped[Tensor, " b *shape"], count: int) -> Shaped[Tensor, " count *shape"]:
     """`count` random rows of the global batch, the same on every rank; repeated where the batch has too few."""
     rows = gather_rows(x)
     order = torch.randperm(rows.shape[0], device=x.device)

@@ -30,7 +30,7 @@ class Density(ABC):
         """(n, 2) float64, exact."""
 
     @abstractmethod
-    def log_prob(self, x: Float[Tensor, "B 2"]) -> Float[Tensor, "B"]:
+    def log_prob(self, x: Float[Tensor, " B 2"]) -> Float[Tensor, " B"]:
         """Nats."""
 
     @abstractmethod
@@ -53,7 +53,7 @@ class Mixture(Density):
         centres = np.asarray(self.centres)
         return centres[rng.integers(len(centres), size=n)] + self.sd * rng.standard_normal((n, 2))
 
-    def log_prob(self, x: Float[Tensor, "B 2"]) -> Float[Tensor, "B"]:
+    def log_prob(self, x: Float[Tensor, " B 2"]) -> Float[Tensor, " B"]:
         return _mixture_log_prob(x, x.new_tensor(self.centres), self.sd, -math.log(len(self.centres)))
 
     def entropy(self) -> float:
@@ -76,7 +76,7 @@ class Checkerboard(Density):
         corner = np.stack([2.0 * column - 4, 4.0 * row - 4 + 2 * (column % 2)], axis=1)
         return corner + 2 * rng.random((n, 2))
 
-    def log_prob(self, x: Float[Tensor, "B 2"]) -> Float[Tensor, "B"]:
+    def log_prob(self, x: Float[Tensor, " B 2"]) -> Float[Tensor, " B"]:
         square = torch.floor(x / 2)
         inside = (x.abs() < 4).all(1) & (square.sum(1) % 2 == 0)
         return torch.where(inside, x.new_tensor(-math.log(32.0)), x.new_tensor(-math.inf))
@@ -101,7 +101,7 @@ class Moons(Density):
         clean = np.where(lower, np.array([1.0, 0.5]) - upper, upper)
         return self.scale * (clean + self.noise * rng.standard_normal((n, 2)))
 
-    def log_prob(self, x: Float[Tensor, "B 2"]) -> Float[Tensor, "B"]:
+    def log_prob(self, x: Float[Tensor, " B 2"]) -> Float[Tensor, " B"]:
         """The integral over the angle, by Gauss–Legendre nodes that lie closer than the noise is wide."""
         points, weights = self._arc(max(32, math.ceil(2 * math.pi / self.noise)), x)
         centres = torch.cat([points, points.new_tensor([1.0, 0.5]) - points])
@@ -116,7 +116,7 @@ class Moons(Density):
         return -float(weights @ (self.log_prob(self.scale * x.reshape(-1, 2)).reshape(64, -1) @ weight))
 
     @staticmethod
-    def _arc(count: int, like: Tensor) -> tuple[Float[Tensor, "count 2"], Float[Tensor, "count"]]:
+    def _arc(count: int, like: Tensor) -> tuple[Float[Tensor, " count 2"], Float[Tensor, " count"]]:
         """Points on the upper half circle, and weights that sum to one."""
         nodes, weights = np.polynomial.legendre.leggauss(count)
         angle = torch.from_numpy((nodes + 1) * (math.pi / 2))
@@ -131,7 +131,7 @@ class Banana(Density):
         second = 4 * rng.standard_normal(n)
         return np.stack([second**2 / 4 + rng.standard_normal(n), second], axis=1)
 
-    def log_prob(self, x: Float[Tensor, "B 2"]) -> Float[Tensor, "B"]:
+    def log_prob(self, x: Float[Tensor, " B 2"]) -> Float[Tensor, " B"]:
         first, second = x.unbind(1)
         return -0.5 * ((first - second.square() / 4).square() + (second / 4).square()) - _LOG_2PI - math.log(4)
 
@@ -149,7 +149,7 @@ class Energy(Density):
 
     number: int
 
-    def energy(self, z: Float[Tensor, "B 2"]) -> Float[Tensor, "B"]:
+    def energy(self, z: Float[Tensor, " B 2"]) -> Float[Tensor, " B"]:
         """U(z)."""
         z1, z2 = z.unbind(1)
         if self.number == 1:
@@ -167,7 +167,7 @@ class Energy(Density):
             return [(w1, 0.35), (w1 - 3 * torch.exp(-0.5 * ((z1 - 1) / 0.6).square()), 0.35)]
         return [(w1, 0.4), (w1 - 3 * torch.sigmoid((z1 - 1) / 0.3), 0.35)]
 
-    def log_prob(self, x: Float[Tensor, "B 2"]) -> Float[Tensor, "B"]:
+    def log_prob(self, x: Float[Tensor, " B 2"]) -> Float[Tensor, " B"]:
         return -self.energy(x) - self.log_z()
 
     def log_z(self) -> float:
@@ -238,8 +238,8 @@ def _grid_moments(energy: Energy, z1: Tensor, z2: Tensor) -> tuple[float, float]
 
 
 def _mixture_log_prob(
-    x: Float[Tensor, "B 2"], centres: Float[Tensor, "K 2"], sd: float, log_weights: Float[Tensor, "K"] | float
-) -> Float[Tensor, "B"]:
+    x: Float[Tensor, " B 2"], centres: Float[Tensor, " K 2"], sd: float, log_weights: Float[Tensor, " K"] | float
+) -> Float[Tensor, " B"]:
     rows = []
     for part in x.split(max(1, 2**22 // len(centres))):  # bounds the (B, K) table
         square = (part[:, :1] - centres[:, 0]).square() + (part[:, 1:] - centres[:, 1]).square()
@@ -247,7 +247,7 @@ def _mixture_log_prob(
     return torch.cat(rows) - _LOG_2PI - 2 * math.log(sd)
 
 
-def _hermite(count: int) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n"]]:
+def _hermite(count: int) -> tuple[Float[Tensor, " n 2"], Float[Tensor, " n"]]:
     """Nodes and weights of a standard Gaussian on the plane."""
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(count))
     weights = weights / weights.sum()

@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 _BINARY = ("static", "dynamic", "threshold")
 
 
-def undo(x: Tensor, info: Mapping[str, Any]) -> Float[Tensor, "B *original"]:
+def undo(x: Tensor, info: Mapping[str, Any]) -> Float[Tensor, " B *original"]:
     """In the original's units, float64 and smooth: levels (dequantised ones not rounded down), or its real numbers.
 
     A binarised value comes back as the lowest or highest level: what it was drawn from is not in it.
     """
     x = x.to("cpu", torch.float64)
-    for record in reversed(info["transforms"]):
+    for record in reversed(info.get("transforms", ())):
         x = _undo(x, record)
     return x
 
 
-def log_det(x: Tensor, info: Mapping[str, Any]) -> Float[Tensor, "B"]:
+def log_det(x: Tensor, info: Mapping[str, Any]) -> Float[Tensor, " B"]:
     """ln |det d stored / d original| of real-valued variants, float64; zero where nothing was stretched."""
     x = x.to("cpu", torch.float64)
     total = x.new_zeros(len(x))
-    for record in reversed(info["transforms"]):
+    for record in reversed(info.get("transforms", ())):
         match record["name"]:
             case "standardize":
                 total -= torch.log(_table(record, "sd", x)).expand_as(x).flatten(1).sum(1)
@@ -51,19 +51,19 @@ def log_det(x: Tensor, info: Mapping[str, Any]) -> Float[Tensor, "B"]:
     return total
 
 
-def bits_per_dim(log_prob: Float[Tensor, "B"], x: Tensor, info: Mapping[str, Any]) -> Float[Tensor, "B"]:
+def bits_per_dim(log_prob: Float[Tensor, " B"], x: Tensor, info: Mapping[str, Any]) -> Float[Tensor, " B"]:
     """Of the original integers, from nats of the stored data.
 
     For logit data this is −log p(z) / (D ln 2) − log₂(1 − 2λ) + 8 + mean_i[log₂ σ(z_i) + log₂(1 − σ(z_i))]
     (Papamakarios et al. 2017, appendix), for dequantised data (NLL / D + ln 256) / ln 2. With integer variants the
     volume term is zero. D counts the stored coordinates.
     """
-    if info["original"]["levels"] is None:
+    if info.get("original", {"levels": 2})["levels"] is None:  # codes are integers that were made of nothing else
         raise DataMismatch("bits per dimension need data that was made of integers; report nats for real-valued data")
     return -(log_prob.to("cpu", torch.float64) + log_det(x, info)) / (x[0].numel() * math.log(2))
 
 
-def to_display(x: Tensor, info: Mapping[str, Any]) -> UInt8[Tensor, "B C H W"]:
+def to_display(x: Tensor, info: Mapping[str, Any]) -> UInt8[Tensor, " B C H W"]:
     """Pictures, from stored data, from samples, or from means in the data's units."""
     original = DataSpec.from_dict(info["original"])
     if original.kind not in ("image", "codes") or (original.kind == "codes" and len(original.shape) != 2):
@@ -82,7 +82,7 @@ def to_display(x: Tensor, info: Mapping[str, Any]) -> UInt8[Tensor, "B C H W"]:
     return grey[:, None] if original.kind == "codes" else grey
 
 
-def to_waveform(x: Tensor, info: Mapping[str, Any]) -> Float[Tensor, "B T"]:
+def to_waveform(x: Tensor, info: Mapping[str, Any]) -> Float[Tensor, " B T"]:
     """Float32 in [−1, 1], to be played at `info["sample_rate"]`."""
     original = DataSpec.from_dict(info["original"])
     if original.kind != "audio":

@@ -19,13 +19,13 @@ class Bernoulli(Observation):
 
     params = 1
 
-    def log_prob(self, x: Int[Tensor, "*shape"], theta: Float[Tensor, "*shape 1"]) -> Float[Tensor, "*shape"]:
+    def log_prob(self, x: Int[Tensor, " *shape"], theta: Float[Tensor, " *shape 1"]) -> Float[Tensor, " *shape"]:
         logits = promote(theta[..., 0])
         return x.to(logits) * logits - F.softplus(logits)
 
-    def mean(self, theta: Float[Tensor, "*shape 1"]) -> Float[Tensor, "*shape"]:
+    def mean(self, theta: Float[Tensor, " *shape 1"]) -> Float[Tensor, " *shape"]:
         return torch.sigmoid(promote(theta[..., 0]))
 
-    def sample(self, theta: Float[Tensor, "*shape 1"]) -> Int[Tensor, "*shape"]:
+    def sample(self, theta: Float[Tensor, " *shape 1"]) -> Int[Tensor, " *shape"]:
         mean = self.mean(theta)
         return (torch.rand_like(mean) < mean).to(torch.uint8)

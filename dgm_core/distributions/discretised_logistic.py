@@ -34,7 +34,7 @@ class DiscretisedLogistic(Observation):
         self.levels = levels
         self.floor = floor
 
-    def log_prob(self, x: Int[Tensor, "*shape"], theta: Float[Tensor, "*shape 2"]) -> Float[Tensor, "*shape"]:
+    def log_prob(self, x: Int[Tensor, " *shape"], theta: Float[Tensor, " *shape 2"]) -> Float[Tensor, " *shape"]:
         """Exact and without cancellation: σ(a) − σ(b) = σ(a) σ(−b) (1 − e^{b − a})."""
         mean, log_scale = self._moments(theta)
         k = x.to(mean.dtype)
@@ -46,7 +46,7 @@ class DiscretisedLogistic(Observation):
         inside = torch.where(first | last, 0.0, (-torch.expm1(-width)).log())
         return inside + torch.where(last, 0.0, F.logsigmoid(upper)) + torch.where(first, 0.0, F.logsigmoid(-lower))
 
-    def mean(self, theta: Float[Tensor, "*shape 2"]) -> Float[Tensor, "*shape"]:
+    def mean(self, theta: Float[Tensor, " *shape 2"]) -> Float[Tensor, " *shape"]:
         """E[x] = Σ_{k ≥ 1} P(x ≥ k), in data units, summed a level at a time."""
         mean, log_scale = self._moments(theta)
         precision = torch.exp(-log_scale)
@@ -55,7 +55,7 @@ class DiscretisedLogistic(Observation):
             total += torch.sigmoid((mean - self._edge(k)) * precision)
         return total
 
-    def sample(self, theta: Float[Tensor, "*shape 2"]) -> Int[Tensor, "*shape"]:
+    def sample(self, theta: Float[Tensor, " *shape 2"]) -> Int[Tensor, " *shape"]:
         """The level whose bin a logistic draw falls into."""
         mean, log_scale = self._moments(theta)
         real = mean + log_scale.exp() * torch.logit(torch.rand_like(mean))

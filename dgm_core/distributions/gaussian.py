@@ -18,16 +18,16 @@ LOG_TAU = math.log(2 * math.pi)
 
 
 def log_normal(
-    x: Float[Tensor, "*shape"], mean: Float[Tensor, "*shape"] | float, log_variance: Float[Tensor, "*shape"] | float
-) -> Float[Tensor, "*shape"]:
+    x: Float[Tensor, " *shape"], mean: Float[Tensor, " *shape"] | float, log_variance: Float[Tensor, " *shape"] | float
+) -> Float[Tensor, " *shape"]:
     """log N(x; mean, exp(log_variance)), elementwise, in nats."""
     log_variance = torch.as_tensor(log_variance, dtype=x.dtype, device=x.device)
     return -0.5 * (LOG_TAU + log_variance + (x - mean).square() * torch.exp(-log_variance))
 
 
 def kl_to_standard_normal(
-    mean: Float[Tensor, "*shape"], log_variance: Float[Tensor, "*shape"]
-) -> Float[Tensor, "*shape"]:
+    mean: Float[Tensor, " *shape"], log_variance: Float[Tensor, " *shape"]
+) -> Float[Tensor, " *shape"]:
     """KL(N(mean, exp(log_variance)) ‖ N(0, 1)), elementwise, in nats (Kingma & Welling 2014, appendix B)."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
@@ -45,14 +45,14 @@ class Gaussian(Observation):
         self.floor = floor
         self.log_variance = nn.Parameter(torch.zeros(())) if variance == "shared" else None
 
-    def log_prob(self, x: Float[Tensor, "*shape"], theta: Float[Tensor, "*shape params"]) -> Float[Tensor, "*shape"]:
+    def log_prob(self, x: Float[Tensor, " *shape"], theta: Float[Tensor, " *shape params"]) -> Float[Tensor, " *shape"]:
         mean, log_variance = self._moments(theta)
         return log_normal(x.to(mean.dtype), mean, log_variance)
 
-    def mean(self, theta: Float[Tensor, "*shape params"]) -> Float[Tensor, "*shape"]:
+    def mean(self, theta: Float[Tensor, " *shape params"]) -> Float[Tensor, " *shape"]:
         return promote(theta[..., 0])
 
-    def sample(self, theta: Float[Tensor, "*shape params"]) -> Float[Tensor, "*shape"]:
+    def sample(self, theta: Float[Tensor, " *shape params"]) -> Float[Tensor, " *shape"]:
         mean, log_variance = self._moments(theta)
         return (mean + (0.5 * log_variance).exp() * torch.randn_like(mean)).float()
 

@@ -27,19 +27,21 @@ class Observation(nn.Module, ABC):
     params: int  # numbers the network gives a coordinate
 
     @abstractmethod
-    def log_prob(self, x: Shaped[Tensor, "*shape"], theta: Float[Tensor, "*shape params"]) -> Float[Tensor, "*shape"]:
+    def log_prob(
+        self, x: Shaped[Tensor, " *shape"], theta: Float[Tensor, " *shape params"]
+    ) -> Float[Tensor, " *shape"]:
         """Nats of the stored value, a coordinate."""
 
     @abstractmethod
-    def mean(self, theta: Float[Tensor, "*shape params"]) -> Float[Tensor, "*shape"]:
+    def mean(self, theta: Float[Tensor, " *shape params"]) -> Float[Tensor, " *shape"]:
         """Expectation, float, in data units."""
 
     @abstractmethod
-    def sample(self, theta: Float[Tensor, "*shape params"]) -> Shaped[Tensor, "*shape"]:
+    def sample(self, theta: Float[Tensor, " *shape params"]) -> Shaped[Tensor, " *shape"]:
         """A draw, as stored."""
 
 
-def promote(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def promote(x: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
     """Float32, or float64 where `x` is."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -49,18 +51,18 @@ def stored_dtype(levels: int) -> torch.dtype:
     return torch.uint8 if levels <= 256 else torch.int64
 
 
-def to_network(x: Shaped[Tensor, "*shape"], data: DataSpec, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+def to_network(x: Shaped[Tensor, " *shape"], data: DataSpec, dtype: torch.dtype) -> Float[Tensor, " *shape"]:
     """What a network is fed: the levels spread evenly over [−1, 1], real values as they are."""
     x = x.to(dtype)
     return x if data.levels is None else 2 * x / (data.levels - 1) - 1
 
 
-def from_network(x: Float[Tensor, "*shape"], data: DataSpec) -> Float[Tensor, "*shape"]:
+def from_network(x: Float[Tensor, " *shape"], data: DataSpec) -> Float[Tensor, " *shape"]:
     """The inverse of `to_network`, clipped to the range of the data; float."""
     x = promote(x)
     return x if data.levels is None else ((x + 1) * (data.levels - 1) / 2).clamp(0, data.levels - 1)
 
 
-def to_stored(x: Float[Tensor, "*shape"], data: DataSpec) -> Shaped[Tensor, "*shape"]:
+def to_stored(x: Float[Tensor, " *shape"], data: DataSpec) -> Shaped[Tensor, " *shape"]:
     """The nearest value that can be stored."""
     return (x if data.levels is None else x.round()).to(data.dtype)

@@ -82,7 +82,7 @@ class TwoStage(GenerativeModel, HasCodes):
 
     def sample(
         self, n: int, y: Tensor | None = None, context: Mapping[str, Tensor] = {}, **options: Any
-    ) -> Float[Tensor, "n *shape"]:
+    ) -> Float[Tensor, " n *shape"]:
         """Options go to the priors that know them, as they are or, as {level: value}, to those levels alone.
 
         Where the data has classes, labels are drawn once and shared by all stages.
@@ -100,7 +100,7 @@ class TwoStage(GenerativeModel, HasCodes):
         """Names and defaults of the options that any of the priors takes."""
         return {name: default for level in self.specs for name, default in self.prior(level).sample_options().items()}
 
-    def code_log_prob(self, x: Tensor, y: Tensor | None = None) -> dict[str, Float[Tensor, "B"]]:
+    def code_log_prob(self, x: Tensor, y: Tensor | None = None) -> dict[str, Float[Tensor, " B"]]:
         """Level -> log p(codes | coarser codes, y), nats, where that level's prior has a likelihood."""
         codes = self.codes(x, y)
         found = {}
@@ -110,7 +110,7 @@ class TwoStage(GenerativeModel, HasCodes):
                 found[level] = prior.log_prob(codes[level], y, {name: codes[name] for name in spec.context})
         return found
 
-    def bits_per_code(self, x: Tensor, y: Tensor | None = None) -> dict[str, Float[Tensor, "B"]]:
+    def bits_per_code(self, x: Tensor, y: Tensor | None = None) -> dict[str, Float[Tensor, " B"]]:
         """Level -> bits that the prior needs for a code: log2 K would be no prior at all."""
         return {
             level: -nats / (self.specs[level].dims * math.log(2)) for level, nats in self.code_log_prob(x, y).items()
@@ -124,7 +124,7 @@ class TwoStage(GenerativeModel, HasCodes):
 
     def decode_codes(
         self, codes: Mapping[str, Tensor], y: Tensor | None = None, context: Mapping[str, Tensor] = {}
-    ) -> Float[Tensor, "B *shape"]:
+    ) -> Float[Tensor, " B *shape"]:
         return self._code_model.decode_codes(codes, y, context)
 
     def prior(self, level: str) -> GenerativeModel:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class AttentionMemory(NamedTuple):
     """Keys and values of the positions so far."""
 
-    keys: Float[Tensor, "n heads positions d"]
-    values: Float[Tensor, "n heads positions d"]
+    keys: Float[Tensor, " n heads positions d"]
+    values: Float[Tensor, " n heads positions d"]
 
 
 class CausalAttention(nn.Module):
@@ -35,7 +35,9 @@ class CausalAttention(nn.Module):
         self.key = Pointwise(memories, outputs)
         self.value = Pointwise(memories, outputs)
 
-    def forward(self, query: Float[Tensor, "B q H W"], memory: Float[Tensor, "B m H W"]) -> Float[Tensor, "B out H W"]:
+    def forward(
+        self, query: Float[Tensor, " B q H W"], memory: Float[Tensor, " B m H W"]
+    ) -> Float[Tensor, " B out H W"]:
         q, k, v = (self._split(t.flatten(2)) for t in (self.query(query), self.key(memory), self.value(memory)))
         dropout = self.dropout if self.training else 0.0
         if q.shape[2] > 1:
@@ -50,17 +52,17 @@ class CausalAttention(nn.Module):
         shape = (n, self.heads, positions, self.key.weight.shape[0] // self.heads)
         return AttentionMemory(self.key.weight.new_zeros(shape), self.key.weight.new_zeros(shape))
 
-    def remember(self, memory: Float[Tensor, "n m"], past: AttentionMemory, position: int) -> None:
+    def remember(self, memory: Float[Tensor, " n m"], past: AttentionMemory, position: int) -> None:
         """Store the key and the value of a position that is now known in full."""
         past.keys[:, :, position] = self.key(memory).unflatten(1, (self.heads, -1))
         past.values[:, :, position] = self.value(memory).unflatten(1, (self.heads, -1))
 
-    def step(self, query: Float[Tensor, "n q"], past: AttentionMemory, position: int) -> Float[Tensor, "n out"]:
+    def step(self, query: Float[Tensor, " n q"], past: AttentionMemory, position: int) -> Float[Tensor, " n out"]:
         """What `position` receives from the positions remembered before it."""
         if position == 0:
             return past.values.new_zeros(query.shape[0], self.value.weight.shape[0])
         q = self.query(query).unflatten(1, (self.heads, 1, -1)).to(past.keys.dtype)
         return F.scaled_dot_product_attention(q, past.keys[:, :, :position], past.values[:, :, :position]).flatten(1)
 
-    def _split(self, x: Float[Tensor, "B out N"]) -> Float[Tensor, "B heads N d"]:
+    def _split(self, x: Float[Tensor, " B out N"]) -> Float[Tensor, " B heads N d"]:
         return x.unflatten(1, (self.heads, -1)).transpose(2, 3)

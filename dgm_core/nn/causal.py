@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def shift_down(x: Float[Tensor, "B c H W"]) -> Float[Tensor, "B c H W"]:
+def shift_down(x: Float[Tensor, " B c H W"]) -> Float[Tensor, " B c H W"]:
     """Row r becomes row r − 1 of the input; row 0 becomes zero."""
     return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
 
 
-def shift_right(x: Float[Tensor, "B c H W"]) -> Float[Tensor, "B c H W"]:
+def shift_right(x: Float[Tensor, " B c H W"]) -> Float[Tensor, " B c H W"]:
     """Column c becomes column c − 1 of the input; column 0 becomes zero."""
     return F.pad(x, (1, 0))[..., :-1]
 
@@ -38,7 +38,7 @@ def channel_groups(width: int, groups: int) -> list[int]:
 
 def channel_mask(
     inputs: Sequence[int], outputs: Sequence[int], *, strict: bool = False
-) -> Float[Tensor, "outputs inputs"] | None:
+) -> Float[Tensor, " outputs inputs"] | None:
     """1 where an output's group may see an input's: at or before its own (mask B), or before it (`strict`: mask A).
 
     None where nothing is masked.
@@ -59,7 +59,7 @@ class Pointwise(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
         nn.init.xavier_uniform_(self.weight)
 
-    def forward(self, x: Float[Tensor, "B inputs *grid"]) -> Float[Tensor, "B outputs *grid"]:
+    def forward(self, x: Float[Tensor, " B inputs *grid"]) -> Float[Tensor, " B outputs *grid"]:
         weight = self.weight if self.mask is None else self.weight * self.mask
         if x.ndim == 2:
             return F.linear(x, weight, self.bias)
@@ -77,16 +77,16 @@ class VerticalConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
         nn.init.xavier_uniform_(self.weight)
 
-    def forward(self, x: Float[Tensor, "B inputs H W"]) -> Float[Tensor, "B outputs H W"]:
+    def forward(self, x: Float[Tensor, " B inputs H W"]) -> Float[Tensor, " B outputs H W"]:
         return F.conv2d(F.pad(x, (self.side, self.side, self.above, 0)), self.weight, self.bias)
 
-    def start(self, n: int, width: int) -> Float[Tensor, "n inputs above width"]:
+    def start(self, n: int, width: int) -> Float[Tensor, " n inputs above width"]:
         """The rows above the next one, none yet."""
         return self.weight.new_zeros(n, self.weight.shape[1], self.above, width)
 
     def step(
-        self, x: Float[Tensor, "n inputs 1 W"], memory: Float[Tensor, "n inputs above W"]
-    ) -> Float[Tensor, "n outputs 1 W"]:
+        self, x: Float[Tensor, " n inputs 1 W"], memory: Float[Tensor, " n inputs above W"]
+    ) -> Float[Tensor, " n outputs 1 W"]:
         """The next row. Call it once a row, in order."""
         rows = torch.cat([memory, x.to(memory.dtype)], 2)
         memory.copy_(rows[:, :, 1:])
@@ -96,8 +96,8 @@ class VerticalConv(nn.Module):
 class RowMemory(NamedTuple):
     """What a horizontal layer remembers of the current row, and its weight in the order in which that lies."""
 
-    columns: Float[Tensor, "n padded inputs"]
-    weight: Float[Tensor, "outputs taps*inputs"]
+    columns: Float[Tensor, " n padded inputs"]
+    weight: Float[Tensor, " outputs taps*inputs"]
 
 
 class HorizontalConv(nn.Module):
@@ -115,7 +115,7 @@ class HorizontalConv(nn.Module):
             mask = F.pad(mask[:, :, None, None], (self.left, 0), value=1.0)
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, x: Float[Tensor, "B inputs H W"]) -> Float[Tensor, "B outputs H W"]:
+    def forward(self, x: Float[Tensor, " B inputs H W"]) -> Float[Tensor, " B outputs H W"]:
         return F.conv2d(F.pad(x, (self.left, 0)), self._weight(), self.bias)
 
     def start(self, n: int, width: int) -> RowMemory:
@@ -123,7 +123,7 @@ class HorizontalConv(nn.Module):
         weight = self._weight()[:, :, 0].transpose(1, 2).flatten(1)
         return RowMemory(self.weight.new_zeros(n, self.left + width, self.weight.shape[1]), weight)
 
-    def step(self, x: Float[Tensor, "n inputs"], memory: RowMemory, c: int) -> Float[Tensor, "n outputs"]:
+    def step(self, x: Float[Tensor, " n inputs"], memory: RowMemory, c: int) -> Float[Tensor, " n outputs"]:
         """Column c, from the input's column c and those stepped before it."""
         memory.columns[:, c + self.left] = x
         return F.linear(memory.columns[:, c : c + self.left + 1].flatten(1), memory.weight, self.bias)

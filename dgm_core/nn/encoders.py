@@ -46,7 +46,7 @@ class ConvEncoder(nn.Module):
         depth = len(channels)
         self.head = nn.Linear(inputs * halved(height, depth) * halved(width, depth), features)
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B features"]:
+    def forward(self, x: Float[Tensor, " B C H W"]) -> Float[Tensor, " B features"]:
         return self.head(self.convs(x).flatten(1))
 
 
@@ -74,5 +74,5 @@ class ConvDecoder(nn.Module):
             inputs = wider
         self.convs = nn.Sequential(*layers)
 
-    def forward(self, h: Float[Tensor, "B features"]) -> Float[Tensor, "B C H W"]:
+    def forward(self, h: Float[Tensor, " B features"]) -> Float[Tensor, " B C H W"]:
         return self.convs(self.head(h).unflatten(1, self.start))

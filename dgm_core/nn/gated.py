@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Sides = tuple[Tensor | None, Tensor | None]
 
 
-def tanh_gate(x: Float[Tensor, "B 2*c *grid"]) -> Float[Tensor, "B c *grid"]:
+def tanh_gate(x: Float[Tensor, " B 2*c *grid"]) -> Float[Tensor, " B c *grid"]:
     """tanh(first half) ⊙ σ(second half): eq. 2 of van den Oord et al. 2016, arXiv:1606.05328."""
     value, gate = x.chunk(2, 1)
     return value.tanh() * gate.sigmoid()

@@ -21,7 +21,7 @@ Memory = TypeVar("Memory")
 class Incremental(Protocol[Memory]):
     """What the engine needs of a network."""
 
-    def start(self, x: Int[Tensor, "n C H W"], condition: Tensor | None) -> Memory:
+    def start(self, x: Int[Tensor, " n C H W"], condition: Tensor | None) -> Memory:
         """Allocate the memory. `x` is the canvas that the engine fills in place; `condition` is known in full."""
         ...
 
@@ -29,17 +29,17 @@ class Incremental(Protocol[Memory]):
         """Compute what row r needs of the rows above it, all of which are drawn."""
         ...
 
-    def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, "n levels"]:
+    def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, " n levels"]:
         """Logits of channel k of pixel (r, c), all coordinates before it being drawn."""
         ...
 
 
 def draw_categorical(
-    logits: Float[Tensor, "n levels"],
-    uniform: Float[Tensor, "n"],
+    logits: Float[Tensor, " n levels"],
+    uniform: Float[Tensor, " n"],
     temperature: float = 1.0,
     top_p: float = 1.0,
-) -> Int[Tensor, "n"]:
+) -> Int[Tensor, " n"]:
     """Draws by inverse CDF, one uniform number in [0, 1) each.
 
     Logits are divided by `temperature`; of the result only the nucleus remains (Holtzman et al. 2020,
@@ -58,21 +58,21 @@ def draw_categorical(
     return torch.where(drawn < probs.shape[1], drawn, probs.argmax(1))
 
 
-def draw_noise(canvas: Int[Tensor, "n C H W"], dtype: torch.dtype) -> Float[Tensor, "n C H W"]:
+def draw_noise(canvas: Int[Tensor, " n C H W"], dtype: torch.dtype) -> Float[Tensor, " n C H W"]:
     """The uniform numbers that decide every coordinate, the batch leading; at least in single precision."""
     return torch.rand(canvas.shape, device=canvas.device, dtype=torch.promote_types(dtype, torch.float32))
 
 
 def fill(
     network: Incremental[Memory],
-    canvas: Int[Tensor, "n C H W"],
-    noise: Float[Tensor, "n C H W"],
+    canvas: Int[Tensor, " n C H W"],
+    noise: Float[Tensor, " n C H W"],
     condition: Tensor | None = None,
-    observed: Bool[Tensor, "n C H W"] | None = None,
+    observed: Bool[Tensor, " n C H W"] | None = None,
     *,
     temperature: float = 1.0,
     top_p: float = 1.0,
-) -> Int[Tensor, "n C H W"]:
+) -> Int[Tensor, " n C H W"]:
     """Draw the canvas in place, in order, keeping what is observed."""
     _, channels, height, width = canvas.shape
     memory = network.start(canvas, condition)

@@ -34,8 +34,8 @@ Estimator = Literal["straight_through", "rotation"]
 class Quantised(NamedTuple):
     """What a quantiser makes of a grid of features."""
 
-    value: Float[Tensor, "B D *grid"]  # the codes' vectors; its gradient reaches the features
-    codes: Int[Tensor, "B *grid"]
+    value: Float[Tensor, " B D *grid"]  # the codes' vectors; its gradient reaches the features
+    codes: Int[Tensor, " B *grid"]
     commitment: Float[Tensor, ""]  # mean of (z − sg[e])² over rows and features
     codebook: Float[Tensor, ""]  # mean of (sg[z] − e)²: the codebook's own loss
 
@@ -86,7 +86,7 @@ class VectorQuantiser(nn.Module):
         self.register_buffer("batch_count", torch.zeros(codes), persistent=False)
         self._candidates: list[Tensor] = []
 
-    def forward(self, z: Float[Tensor, "B D *grid"], observe: bool = False) -> Quantised:
+    def forward(self, z: Float[Tensor, " B D *grid"], observe: bool = False) -> Quantised:
         """Quantise; with `observe`, add the batch to the statistics that `settle` moves the codebook by."""
         with _full_precision(z.device):
             z = z if z.dtype == torch.float64 else z.float()
@@ -104,11 +104,11 @@ class VectorQuantiser(nn.Module):
                 F.mse_loss(e, flat.detach()),
             )
 
-    def look_up(self, codes: Int[Tensor, "B *grid"]) -> Float[Tensor, "B D *grid"]:
+    def look_up(self, codes: Int[Tensor, " B *grid"]) -> Float[Tensor, " B D *grid"]:
         """The vectors of these codes."""
         return F.embedding(codes.long(), self.codebook).movedim(-1, 1)
 
-    def _observe(self, rows: Float[Tensor, "B *grid D"], codes: Int[Tensor, "N"]) -> None:
+    def _observe(self, rows: Float[Tensor, " B *grid D"], codes: Int[Tensor, " N"]) -> None:
         flat = rows.reshape(-1, rows.shape[-1]).to(self.usage)
         self.batch_count.index_add_(0, codes, torch.ones_like(flat[:, 0]))
         if self.learn == "ema":
@@ -143,7 +143,7 @@ class VectorQuantiser(nn.Module):
             self._candidates = []
         self.batch_count.zero_()
 
-    def _revive(self, candidates: Float[Tensor, "n D"]) -> None:
+    def _revive(self, candidates: Float[Tensor, " n D"]) -> None:
         """Put every dead code on a row of the batch, the same on every rank, as if it had been used its fair share."""
         K = self.usage.shape[0]
         rows = distributed.choose_rows(candidates, K)
@@ -154,7 +154,7 @@ class VectorQuantiser(nn.Module):
             self.code_sum.copy_(torch.where(dead[:, None], rows / K, self.code_sum))
 
     @torch.no_grad()
-    def start_from(self, rows: Float[Tensor, "n D"], iterations: int = 10) -> None:
+    def start_from(self, rows: Float[Tensor, " n D"], iterations: int = 10) -> None:
         """Put the codes on the k-means centres of `rows`, which are the same on every rank."""
         centres, counts = kmeans(rows.to(self.usage), self.usage.shape[0], iterations)
         share = counts / counts.sum()
@@ -172,7 +172,7 @@ def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[o
     return contextlib.nullcontext()
 
 
-def nearest(rows: Float[Tensor, "N D"], codebook: Float[Tensor, "K D"]) -> Int[Tensor, "N"]:
+def nearest(rows: Float[Tensor, " N D"], codebook: Float[Tensor, " K D"]) -> Int[Tensor, " N"]:
     """Index of the code at the least Euclidean distance (eq. 1), without holding all N × K distances."""
     squares = codebook.square().sum(1)
     return torch.cat(
@@ -183,12 +183,12 @@ def nearest(rows: Float[Tensor, "N D"], codebook: Float[Tensor, "K D"]) -> Int[T
     )
 
 
-def straight_through(z: Float[Tensor, "N D"], e: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+def straight_through(z: Float[Tensor, " N D"], e: Float[Tensor, " N D"]) -> Float[Tensor, " N D"]:
     """e, with the gradient of the identity."""
     return z + (e - z).detach()
 
 
-def rotation(z: Float[Tensor, "N D"], e: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+def rotation(z: Float[Tensor, " N D"], e: Float[Tensor, " N D"]) -> Float[Tensor, " N D"]:
     """e as |e|/|z| R z with the rotation R of z onto e held fixed (Fifty et al. 2024, section 4.2).
 
     R = I − 2 r rᵀ + 2 ê ẑᵀ with ẑ = z/|z|, ê = e/|e|, r = (ẑ + ê)/|ẑ + ê|. The gradient is turned by Rᵀ, so that its
@@ -206,7 +206,7 @@ def rotation(z: Float[Tensor, "N D"], e: Float[Tensor, "N D"]) -> Float[Tensor, 
 _ESTIMATORS = {"straight_through": straight_through, "rotation": rotation}
 
 
-def pick_rows(rows: Float[Tensor, "B *grid D"], count: int) -> Float[Tensor, "n D"]:
+def pick_rows(rows: Float[Tensor, " B *grid D"], count: int) -> Float[Tensor, " n D"]:
     """Up to `count` random rows of each example's grid."""
     flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:-1]), rows.shape[-1])
     if flat.shape[1] <= count:
@@ -215,7 +215,7 @@ def pick_rows(rows: Float[Tensor, "B *grid D"], count: int) -> Float[Tensor, "n 
     return flat.gather(1, chosen[..., None].expand(-1, -1, flat.shape[2])).flatten(0, 1)
 
 
-def kmeans(rows: Float[Tensor, "n D"], K: int, iterations: int) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
+def kmeans(rows: Float[Tensor, " n D"], K: int, iterations: int) -> tuple[Float[Tensor, " K D"], Float[Tensor, " K"]]:
     """Centres and counts by Lloyd's algorithm from a k-means++ start; a centre that loses all its rows stays.
 
     `rows` are the same on every rank and so are the draws; hence the result.

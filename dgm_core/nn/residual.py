@@ -22,7 +22,7 @@ class ResidualBlock(nn.Module):
             nn.Conv2d(residual, channels, 1),
         )
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    def forward(self, x: Float[Tensor, " B C H W"]) -> Float[Tensor, " B C H W"]:
         return x + self.branch(x)
 
 

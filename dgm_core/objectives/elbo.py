@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def elbo(log_likelihood: Float[Tensor, "B"], kl: Float[Tensor, "B latents"]) -> Float[Tensor, "B"]:
+def elbo(log_likelihood: Float[Tensor, " B"], kl: Float[Tensor, " B latents"]) -> Float[Tensor, " B"]:
     """E_q[log p(x | z)] − KL(q(z | x) ‖ p(z)), nats an example."""
     return log_likelihood - kl.sum(1)
 
 
-def free_bits(kl: Float[Tensor, "B latents"], nats: float) -> Float[Tensor, ""]:
+def free_bits(kl: Float[Tensor, " B latents"], nats: float) -> Float[Tensor, ""]:
     """Σ_j max(λ, mean over the global batch of KL_j): no reward for saving below λ nats a latent dimension.
 
     Kingma et al. 2016 (arXiv:1606.04934), eq. 15, a group being one dimension. The mean spans all ranks, because the

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def iwae(log_weights: Float[Tensor, "B samples"]) -> Float[Tensor, "B"]:
+def iwae(log_weights: Float[Tensor, " B samples"]) -> Float[Tensor, " B"]:
     """log (1/K) Σ_k w_k with w = p(x, z) / q(z | x) (eq. 8), nats an example.
 
     In expectation it does not fall as K grows and never exceeds log p(x) (theorem 1).

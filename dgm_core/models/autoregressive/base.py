@@ -62,7 +62,7 @@ class TokenInput(nn.Module):
         self.codes = nn.Embedding(self.levels, features) if data.kind == "codes" else None
         self.width = features if self.codes is not None else grid_shape(data)[0]
 
-    def forward(self, x: Int[Tensor, "B C *grid"], like: Tensor) -> Float[Tensor, "B width *grid"]:
+    def forward(self, x: Int[Tensor, " B C *grid"], like: Tensor) -> Float[Tensor, " B width *grid"]:
         if self.codes is not None:
             return self.codes(x[:, 0].long()).movedim(-1, 1)
         x = x.to(like.dtype)
@@ -92,7 +92,7 @@ class ContextMap(nn.Module):
         self.blocks = Stack(GatedResidual(features, features, plain_conv) for _ in range(depth))
         self.upsample = nn.ConvTranspose2d(features, features, ratio, stride=ratio)
 
-    def forward(self, x: Tensor) -> Float[Tensor, "B features H W"]:
+    def forward(self, x: Tensor) -> Float[Tensor, " B features H W"]:
         h = self.enter(self.embed(x if x.ndim == 4 else x[:, None], self.enter.weight))
         for block in self.blocks:
             h = block(h)
@@ -169,7 +169,7 @@ class RasterModel(GenerativeModel, HasLikelihood, HasCompletion):
 
     def log_prob(
         self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}, *, samples: int = 1
-    ) -> Float[Tensor, "B"]:
+    ) -> Float[Tensor, " B"]:
         """Nats, exact, given the labels if conditional; `samples` is not needed."""
         grid = self._grid(x)
         logits = self.network(grid, self.conditioner(grid.shape[0], y, context))
@@ -184,7 +184,7 @@ class RasterModel(GenerativeModel, HasLikelihood, HasCompletion):
         *,
         temperature: float = 1.0,
         top_p: float = 1.0,
-    ) -> Int[Tensor, "n *shape"]:
+    ) -> Int[Tensor, " n *shape"]:
         """Draw coordinate by coordinate from the conditionals, each at the cost of one column of the network.
 
         `temperature` divides the logits; `top_p` keeps the nucleus of that mass. Dropout is never applied.
@@ -195,14 +195,14 @@ class RasterModel(GenerativeModel, HasLikelihood, HasCompletion):
     def complete(
         self,
         x: Tensor,
-        observed: Bool[Tensor, "B *shape"],
+        observed: Bool[Tensor, " B *shape"],
         y: Tensor | None = None,
         context: Mapping[str, Tensor] = {},
         *,
         given_preceding: bool = False,
         temperature: float = 1.0,
         top_p: float = 1.0,
-    ) -> Int[Tensor, "B *shape"]:
+    ) -> Int[Tensor, " B *shape"]:
         """`x` with what is not observed drawn, in order, given all that precedes it.
 
         This is a draw from p(unobserved | observed) where every example's observed coordinates come first in raster
@@ -223,13 +223,13 @@ class RasterModel(GenerativeModel, HasLikelihood, HasCompletion):
 
     def _draw(
         self,
-        canvas: Int[Tensor, "n C H W"],
+        canvas: Int[Tensor, " n C H W"],
         observed: Tensor | None,
         y: Tensor | None,
         context: Mapping[str, Tensor],
         temperature: float,
         top_p: float,
-    ) -> Int[Tensor, "n *shape"]:
+    ) -> Int[Tensor, " n *shape"]:
         if not (temperature > 0 and 0 < top_p <= 1):
             raise ValueError(f"temperature > 0 and 0 < top_p <= 1 are accepted; given: {temperature} and {top_p}")
         if self.conditioner.label is not None:

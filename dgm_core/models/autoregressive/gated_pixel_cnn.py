@@ -81,7 +81,7 @@ class GatedLayer(nn.Module):
 
     def above(
         self, convolve: Callable[[Tensor], Tensor], v: Tensor, condition: Tensor | None
-    ) -> tuple[Float[Tensor, "B channels rows W"], Float[Tensor, "B 2*channels rows W"]]:
+    ) -> tuple[Float[Tensor, " B channels rows W"], Float[Tensor, " B 2*channels rows W"]]:
         """The vertical features, and what the horizontal stack receives besides its own."""
         h = convolve(v)
         side = self.link(h)
@@ -97,7 +97,7 @@ class GatedLayer(nn.Module):
 
 @dataclass
 class Memory:
-    x: Int[Tensor, "n C H W"]
+    x: Int[Tensor, " n C H W"]
     condition: Tensor | None
     rows: list[Tensor]
     columns: list[RowMemory]
@@ -127,7 +127,7 @@ class GatedPixelCNNNetwork(nn.Module):
         self.hidden = Pointwise(config.channels, config.head, channel_mask(groups, head))
         self.out = Pointwise(config.head, self.colours * self.levels, channel_mask(head, logits))
 
-    def forward(self, x: Int[Tensor, "B C H W"], condition: Tensor | None) -> Float[Tensor, "B C H W levels"]:
+    def forward(self, x: Int[Tensor, " B C H W"], condition: Tensor | None) -> Float[Tensor, " B C H W levels"]:
         pixels = self.embed(x, self.out.weight)
         v, h = shift_down(pixels), shift_right(pixels)
         for layer in self.layers:
@@ -137,7 +137,7 @@ class GatedPixelCNNNetwork(nn.Module):
             h = layer.along(layer.horizontal, h, side)
         return self._head(h).unflatten(1, (self.colours, self.levels)).movedim(2, -1)
 
-    def start(self, x: Int[Tensor, "n C H W"], condition: Tensor | None) -> Memory:
+    def start(self, x: Int[Tensor, " n C H W"], condition: Tensor | None) -> Memory:
         n, width = x.shape[0], x.shape[3]
         rows = [layer.vertical.start(n, width) for layer in self.layers]
         columns = [layer.horizontal.start(n, width) for layer in self.layers]
@@ -152,7 +152,7 @@ class GatedPixelCNNNetwork(nn.Module):
             v, side = layer.above(step, v, condition_row(memory.condition, r))
             memory.sides.append(side[:, :, 0].permute(2, 0, 1).contiguous())
 
-    def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, "n levels"]:
+    def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, " n levels"]:
         previous = self.embed(memory.x[:, :, r, max(c - 1, 0)], self.out.weight)
         h = previous if c else torch.zeros_like(previous)
         for layer, columns, sides in zip(self.layers, memory.columns, memory.sides, strict=True):

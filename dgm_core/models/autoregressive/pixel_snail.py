@@ -93,19 +93,19 @@ class ChannelHeads(nn.Module):
         self.earlier = Stack(Pointwise(k, channels) for k in range(1, colours))
         self.out = Stack(Pointwise(channels, levels) for _ in range(colours))
 
-    def forward(self, h: Tensor, pixels: Tensor, k: int) -> Float[Tensor, "B levels *grid"]:
+    def forward(self, h: Tensor, pixels: Tensor, k: int) -> Float[Tensor, " B levels *grid"]:
         return self.out[k](F.elu(h + self.earlier[k - 1](pixels[:, :k]) if k else h))
 
 
 @dataclass
 class Memory:
-    x: Int[Tensor, "n C H W"]
+    x: Int[Tensor, " n C H W"]
     condition: Tensor | None
     enter: tuple[Any, Any]
     rows: list[list[Any]]
     columns: list[list[Any]]
     attention: list[AttentionMemory | None]
-    position: Float[Tensor, "H*W n 2"]
+    position: Float[Tensor, " H*W n 2"]
     entering: Tensor  # of the current row, (W, n, channels)
     sides: list[list[list[Sides]]]  # of the current row: block, layer, column
     held: list[Tensor]  # each attention's h at the position before
@@ -127,7 +127,7 @@ class PixelSnailNetwork(nn.Module):
         )
         self.heads = ChannelHeads(config.channels, self.colours, data.levels or 0)
 
-    def forward(self, x: Int[Tensor, "B C H W"], condition: Tensor | None) -> Float[Tensor, "B C H W levels"]:
+    def forward(self, x: Int[Tensor, " B C H W"], condition: Tensor | None) -> Float[Tensor, " B C H W levels"]:
         pixels = self.embed(x, self.left.weight)
         v = self.above(shift_down(pixels))
         h = self.left(shift_right(pixels)) + v
@@ -142,7 +142,7 @@ class PixelSnailNetwork(nn.Module):
             h = layer(h)
         return torch.stack([self.heads(h, pixels, k).movedim(1, -1) for k in range(self.colours)], 1)
 
-    def start(self, x: Int[Tensor, "n C H W"], condition: Tensor | None) -> Memory:
+    def start(self, x: Int[Tensor, " n C H W"], condition: Tensor | None) -> Memory:
         n, _, height, width = x.shape
         position = self._position(x).expand(n, -1, -1, -1).flatten(2).permute(2, 0, 1).contiguous()
         nothing = self.left.weight.new_zeros(n, self.left.weight.shape[0])
@@ -174,12 +174,12 @@ class PixelSnailNetwork(nn.Module):
                 first, second = (columns(side, width) for side in horizontal.sides(v, condition))
                 memory.sides[-1].append(list(zip(first, second, strict=True)))
 
-    def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, "n levels"]:
+    def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, " n levels"]:
         if k == 0:
             memory.h = self._features(memory, r, c)
         return self.heads(memory.h, self.embed(memory.x[:, :, r, c], self.left.weight) if k else memory.h, k)
 
-    def _features(self, memory: Memory, r: int, c: int) -> Float[Tensor, "n channels"]:
+    def _features(self, memory: Memory, r: int, c: int) -> Float[Tensor, " n channels"]:
         width = memory.x.shape[3]
         t = r * width + c
         before = divmod(max(t - 1, 0), width)
@@ -200,7 +200,7 @@ class PixelSnailNetwork(nn.Module):
             h = layer(h)
         return h
 
-    def _position(self, x: Tensor) -> Float[Tensor, "1 2 H W"]:
+    def _position(self, x: Tensor) -> Float[Tensor, " 1 2 H W"]:
         """Row and column, each scaled to [−1/2, 1/2)."""
         height, width = x.shape[2:]
         like = self.left.weight

@@ -122,21 +122,21 @@ class QuantisedAutoencoder(GenerativeModel, HasCodes):
         return {level: (size[0] // step, size[1] // step) for level, step in steps.items()}
 
     @abstractmethod
-    def features(self, x: Float[Tensor, "B C H W"]) -> Sequence[Float[Tensor, "B hidden h w"]]:
+    def features(self, x: Float[Tensor, " B C H W"]) -> Sequence[Float[Tensor, " B hidden h w"]]:
         """What the encoder makes of the image (levels spread over [−1, 1]), a level each, coarsest first."""
 
     @abstractmethod
     def project(
-        self, level: int, features: Float[Tensor, "B hidden h w"], state: Tensor | None
-    ) -> Float[Tensor, "B D h w"]:
+        self, level: int, features: Float[Tensor, " B hidden h w"], state: Tensor | None
+    ) -> Float[Tensor, " B D h w"]:
         """The vectors to quantise, given the coarser levels' state."""
 
     @abstractmethod
-    def merge(self, level: int, state: Tensor | None, e: Float[Tensor, "B D h w"]) -> Float[Tensor, "B S h w"]:
+    def merge(self, level: int, state: Tensor | None, e: Float[Tensor, " B D h w"]) -> Float[Tensor, " B S h w"]:
         """The state at this level's size: the coarser levels' and this level's codes."""
 
     @abstractmethod
-    def render(self, state: Float[Tensor, "B S h w"]) -> Float[Tensor, "B C H W"]:
+    def render(self, state: Float[Tensor, " B S h w"]) -> Float[Tensor, " B C H W"]:
         """The image, in the encoder's units."""
 
     def loss(self, batch: Batch, turn: str, clock: Clock) -> Loss:
@@ -189,7 +189,7 @@ class QuantisedAutoencoder(GenerativeModel, HasCodes):
             for i, name in enumerate(self.names)
         }
 
-    def codes(self, x: Tensor, y: Tensor | None = None) -> dict[str, Int[Tensor, "B h w"]]:
+    def codes(self, x: Tensor, y: Tensor | None = None) -> dict[str, Int[Tensor, " B h w"]]:
         """Level -> codes, stored as their specs say. The label is not needed."""
         _, levels = self._encode(to_network(x, self.data, self.dtype))
         specs = self.code_specs()
@@ -197,7 +197,7 @@ class QuantisedAutoencoder(GenerativeModel, HasCodes):
 
     def decode_codes(
         self, codes: Mapping[str, Tensor], y: Tensor | None = None, context: Mapping[str, Tensor] = {}
-    ) -> Float[Tensor, "B C H W"]:
+    ) -> Float[Tensor, " B C H W"]:
         """The mean given all levels' codes, float, in data units."""
         state: Tensor | None = None
         for i, name in enumerate(self.names):
@@ -230,7 +230,7 @@ class QuantisedAutoencoder(GenerativeModel, HasCodes):
         assert isinstance(quantiser, VectorQuantiser)
         return quantiser
 
-    def _encode(self, x: Float[Tensor, "B C H W"], observe: bool = False) -> tuple[Tensor, dict[str, Quantised]]:
+    def _encode(self, x: Float[Tensor, " B C H W"], observe: bool = False) -> tuple[Tensor, dict[str, Quantised]]:
         state: Tensor | None = None
         levels = {}
         for i, (name, h) in enumerate(zip(self.names, self.features(x), strict=True)):
@@ -239,14 +239,14 @@ class QuantisedAutoencoder(GenerativeModel, HasCodes):
         assert state is not None
         return state, levels
 
-    def _project_level(self, x: Float[Tensor, "B C H W"], level: int) -> Float[Tensor, "B D h w"]:
+    def _project_level(self, x: Float[Tensor, " B C H W"], level: int) -> Float[Tensor, " B D h w"]:
         state: Tensor | None = None
         h = self.features(x)
         for i, name in enumerate(self.names[:level]):
             state = self.merge(i, state, self.quantiser(name)(self.project(i, h[i], state)).value)
         return self.project(level, h[level], state)
 
-    def _decode(self, state: Float[Tensor, "B S h w"], y: Tensor | None) -> Float[Tensor, "B C H W"]:
+    def _decode(self, state: Float[Tensor, " B S h w"], y: Tensor | None) -> Float[Tensor, " B C H W"]:
         if self.label is not None:
             if y is None:
                 raise DataMismatch(f"{type(self).__name__} is class-conditional: give y, one label an example")

@@ -106,7 +106,7 @@ class PPCA(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder):
 
     def log_prob(
         self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}, *, samples: int = 1
-    ) -> Float[Tensor, "B"]:
+    ) -> Float[Tensor, " B"]:
         """Nats, exact; `samples` is not needed. C is inverted through the q × q matrix M (Woodbury)."""
         centred = x.flatten(1) - self.mean
         d, q = self.weight.shape
@@ -123,29 +123,29 @@ class PPCA(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder):
         mean = torch.linalg.solve(M, ((x.flatten(1) - self.mean) @ self.weight).T).T
         return torch.distributions.MultivariateNormal(mean, precision_matrix=M / self.log_variance.exp())
 
-    def kl(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, "B latents"]:
+    def kl(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B latents"]:
         """Of each marginal of the posterior against N(0, 1), in nats."""
         q = self.posterior(x)
         return 0.5 * (q.variance + q.mean.square() - 1 - q.variance.log())
 
-    def draw_latent(self, n: int) -> Float[Tensor, "n latents"]:
+    def draw_latent(self, n: int) -> Float[Tensor, " n latents"]:
         return torch.randn(n, self.config.latents, device=self.device, dtype=self.mean.dtype)
 
     def decode(
         self, z: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
-    ) -> Float[Tensor, "B *shape"]:
+    ) -> Float[Tensor, " B *shape"]:
         return (z @ self.weight.T + self.mean).unflatten(1, self.data.shape)
 
-    def sample(self, n: int, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Float[Tensor, "n *shape"]:
+    def sample(self, n: int, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Float[Tensor, " n *shape"]:
         mean = self.decode(self.draw_latent(n))
         return mean + (0.5 * self.log_variance).exp() * torch.randn_like(mean)
 
-    def _M(self) -> Float[Tensor, "q q"]:
+    def _M(self) -> Float[Tensor, " q q"]:
         eye = torch.eye(self.config.latents, device=self.device, dtype=self.mean.dtype)
         return self.weight.T @ self.weight + self.log_variance.exp() * eye
 
 
-def streamed_moments(batches: Iterator[Batch], like: Float[Tensor, "d"]) -> tuple[Tensor, Tensor]:
+def streamed_moments(batches: Iterator[Batch], like: Float[Tensor, " d"]) -> tuple[Tensor, Tensor]:
     """Mean (d,) and covariance (d, d), dividing by n, over all ranks' batches in one pass.
 
     Sums are float64 and taken about the first batch's mean, so that nothing cancels.

@@ -141,7 +141,7 @@ class VAE(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder):
 
     def log_prob(
         self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}, *, samples: int = 1
-    ) -> Float[Tensor, "B"]:
+    ) -> Float[Tensor, " B"]:
         """The ELBO (eq. 10, its KL in closed form) at one sample; the importance-weighted bound above. Nats.
 
         Samples are drawn in chunks, so that memory does not grow with them.
@@ -162,25 +162,25 @@ class VAE(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder):
         mean, log_variance = self._encode(x, y)
         return Independent(Normal(mean, (0.5 * log_variance).exp()), 1)
 
-    def kl(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, "B latents"]:
+    def kl(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B latents"]:
         return kl_to_standard_normal(*self._encode(x, y))
 
-    def draw_latent(self, n: int) -> Float[Tensor, "n latents"]:
+    def draw_latent(self, n: int) -> Float[Tensor, " n latents"]:
         return torch.randn(n, self.config.latents, device=self.device, dtype=self._dtype)
 
     def decode(
         self, z: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
-    ) -> Float[Tensor, "B *shape"]:
+    ) -> Float[Tensor, " B *shape"]:
         return self.observation.mean(self._theta(z, y))
 
     def sample(
         self, n: int, y: Tensor | None = None, context: Mapping[str, Tensor] = {}, *, temperature: float = 1.0
-    ) -> Float[Tensor, "n *shape"]:
+    ) -> Float[Tensor, " n *shape"]:
         """x ~ p(x | z) with z ~ N(0, temperature² I). An unconditional model has no use for y."""
         y = self.labels_for(n, y) if self.config.conditional else None
         return self.observation.sample(self._theta(temperature * self.draw_latent(n), y))
 
-    def _encode(self, x: Tensor, y: Tensor | None) -> tuple[Float[Tensor, "B latents"], Float[Tensor, "B latents"]]:
+    def _encode(self, x: Tensor, y: Tensor | None) -> tuple[Float[Tensor, " B latents"], Float[Tensor, " B latents"]]:
         """μ and log σ² of q(z | x)."""
         h = to_network(x, self.data, self._dtype)
         if self.config.network == "conv":
@@ -191,19 +191,19 @@ class VAE(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder):
         mean, log_variance = promote(self.encoder(h)).chunk(2, 1)
         return mean, log_variance
 
-    def _draw(self, mean: Tensor, log_variance: Tensor, count: int) -> Float[Tensor, "B count latents"]:
+    def _draw(self, mean: Tensor, log_variance: Tensor, count: int) -> Float[Tensor, " B count latents"]:
         noise = torch.randn(mean.shape[0], count, mean.shape[1], device=mean.device, dtype=mean.dtype)
         return mean[:, None] + (0.5 * log_variance).exp()[:, None] * noise
 
     def _log_likelihood(
-        self, x: Tensor, z: Float[Tensor, "B count latents"], y: Tensor | None
-    ) -> Float[Tensor, "B count"]:
+        self, x: Tensor, z: Float[Tensor, " B count latents"], y: Tensor | None
+    ) -> Float[Tensor, " B count"]:
         B, count = z.shape[:2]
         repeated = None if y is None else y.repeat_interleave(count)
         theta = self._theta(z.flatten(0, 1), repeated).unflatten(0, (B, count))
         return self.observation.log_prob(x[:, None], theta).flatten(2).sum(2)
 
-    def _theta(self, z: Float[Tensor, "B latents"], y: Tensor | None) -> Float[Tensor, "B *shape params"]:
+    def _theta(self, z: Float[Tensor, " B latents"], y: Tensor | None) -> Float[Tensor, " B *shape params"]:
         """The decoder's output: what each coordinate's distribution is made of."""
         theta = self.decoder(self._beside_label(z.to(self._dtype), y))
         P = self.observation.params
@@ -211,11 +211,11 @@ class VAE(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder):
             return theta.unflatten(1, (-1, P)).movedim(2, -1)
         return theta.unflatten(1, (*self.data.shape, P))
 
-    def _beside_label(self, h: Float[Tensor, "B n"], y: Tensor | None) -> Float[Tensor, "B m"]:
+    def _beside_label(self, h: Float[Tensor, " B n"], y: Tensor | None) -> Float[Tensor, " B m"]:
         one_hot = self._one_hot(y)
         return h if one_hot is None else torch.cat([h, one_hot], 1)
 
-    def _one_hot(self, y: Tensor | None) -> Float[Tensor, "B classes"] | None:
+    def _one_hot(self, y: Tensor | None) -> Float[Tensor, " B classes"] | None:
         if not self.config.conditional:
             return None
         if y is None:
@@ -233,8 +233,8 @@ class VAE(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder):
 
 
 def _log_weights(
-    log_likelihood: Float[Tensor, "B count"], z: Float[Tensor, "B count latents"], mean: Tensor, log_variance: Tensor
-) -> Float[Tensor, "B count"]:
+    log_likelihood: Float[Tensor, " B count"], z: Float[Tensor, " B count latents"], mean: Tensor, log_variance: Tensor
+) -> Float[Tensor, " B count"]:
     """log p(x, z) − log q(z | x)."""
     log_prior = log_normal(z, 0.0, 0.0)
     log_posterior = log_normal(z, mean[:, None], log_variance[:, None])

@@ -60,16 +60,16 @@ class VQVAE(QuantisedAutoencoder):
         self.to_code = nn.Conv2d(c.hidden, D, 1)
         self.decoder = strided_decoder(D, c.hidden, c.residual, c.depth, times, narrow=c.hidden, outputs=image)
 
-    def features(self, x: Float[Tensor, "B C H W"]) -> Sequence[Float[Tensor, "B hidden h w"]]:
+    def features(self, x: Float[Tensor, " B C H W"]) -> Sequence[Float[Tensor, " B hidden h w"]]:
         return [self.encoder(x)]
 
     def project(
-        self, level: int, features: Float[Tensor, "B hidden h w"], state: Tensor | None
-    ) -> Float[Tensor, "B D h w"]:
+        self, level: int, features: Float[Tensor, " B hidden h w"], state: Tensor | None
+    ) -> Float[Tensor, " B D h w"]:
         return self.to_code(features)
 
-    def merge(self, level: int, state: Tensor | None, e: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
+    def merge(self, level: int, state: Tensor | None, e: Float[Tensor, " B D h w"]) -> Float[Tensor, " B D h w"]:
         return e
 
-    def render(self, state: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C H W"]:
+    def render(self, state: Float[Tensor, " B D h w"]) -> Float[Tensor, " B C H W"]:
         return self.decoder(state)

@@ -84,7 +84,7 @@ class VQVAE2(QuantisedAutoencoder):
         self.to_codes = nn.ModuleList(nn.Conv2d(hidden + (D if i else 0), D, 1) for i in range(n))
         self.decoder = strided_decoder(n * D, hidden, residual, depth, times, narrow, outputs=image)
 
-    def features(self, x: Float[Tensor, "B C H W"]) -> Sequence[Float[Tensor, "B hidden h w"]]:
+    def features(self, x: Float[Tensor, " B C H W"]) -> Sequence[Float[Tensor, " B hidden h w"]]:
         h = []
         for encoder in self.encoders:
             x = encoder(x)
@@ -92,14 +92,14 @@ class VQVAE2(QuantisedAutoencoder):
         return h[::-1]
 
     def project(
-        self, level: int, features: Float[Tensor, "B hidden h w"], state: Tensor | None
-    ) -> Float[Tensor, "B D h w"]:
+        self, level: int, features: Float[Tensor, " B hidden h w"], state: Tensor | None
+    ) -> Float[Tensor, " B D h w"]:
         if state is not None:
             features = torch.cat([self.conditioners[level - 1](state), features], 1)
         return self.to_codes[level](features)
 
-    def merge(self, level: int, state: Tensor | None, e: Float[Tensor, "B D h w"]) -> Float[Tensor, "B S h w"]:
+    def merge(self, level: int, state: Tensor | None, e: Float[Tensor, " B D h w"]) -> Float[Tensor, " B S h w"]:
         return e if state is None else torch.cat([self.upsamplers[level - 1](state), e], 1)
 
-    def render(self, state: Float[Tensor, "B S h w"]) -> Float[Tensor, "B C H W"]:
+    def render(self, state: Float[Tensor, " B S h w"]) -> Float[Tensor, " B C H W"]:
         return self.decoder(state)

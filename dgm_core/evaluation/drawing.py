@@ -1,0 +1,168 @@
+"""Pictures out of arrays, as PNG bytes that depend on nothing but their input: no dates, no versions, no state."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from torch import Tensor
+
+from dgm_core.contract import DataSpec
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
+
+TILE = 64  # pixels that a picture's longer side is enlarged to, by whole factors
+GAP = 2
+PAPER, LINE = 255, 208
+WAVE = (40, 128)  # height and width of a drawn recording; as much again for its spectrogram
+
+Display = Callable[[Tensor], Tensor]  # stored data -> uint8 pictures (B, C, H, W), or waveforms (B, T) in [−1, 1]
+
+
+def pictures(x: Tensor, spec: DataSpec, display: Display | None = None) -> UInt8[Tensor, " B 3 H W"]:
+    """Images as they are; codes in colours; recordings as a waveform above a spectrogram.
+
+    Without `display`, integer levels are spread over black … white, and real values from the smallest to the largest.
+    """
+    if spec.kind == "codes":
+        x = x.cpu() if x.ndim == 3 else x.cpu()[:, None]
+        return coloured(x.double() / max(1, (spec.levels or 2) - 1))
+    if spec.kind == "audio":
+        return recordings(display(x) if display else _spread(x, spec) * 2 - 1)
+    shown = display(x) if display else (_spread(x, spec) * 255).round().to(torch.uint8)
+    shown = shown.cpu()
+    return shown if shown.shape[1] == 3 else shown.float().mean(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+def coloured(x: Float[Tensor, " B H W"], name: str = "viridis") -> UInt8[Tensor, " B 3 H W"]:
+    """Numbers in [0, 1] by a colour map."""
+    rgba = matplotlib.colormaps[name](x.double().clamp(0, 1).numpy(), bytes=True)
+    return torch.from_numpy(np.ascontiguousarray(rgba[..., :3])).movedim(-1, 1)
+
+
+def recordings(x: Float[Tensor, " B T"]) -> UInt8[Tensor, " B 3 H W"]:
+    """The envelope of each waveform above its log-magnitude spectrogram (60 dB)."""
+    x = x.cpu().float().clamp(-1, 1)
+    height, width = WAVE
+    columns = F.interpolate(x[:, None], size=width * math.ceil(x.shape[1] / width), mode="nearest").unflatten(
+        2, (width, -1)
+    )
+    top, bottom = columns.amax(3), columns.amin(3)  # (B, 1, W)
+    y = torch.linspace(1, -1, height)[:, None]
+    half = 1 / height
+    inside = (y <= top + half) & (y >= bottom - half)
+    wave = torch.where(inside[:, None], torch.tensor([31, 119, 180])[:, None, None], PAPER).to(torch.uint8)
+    size = min(256, 2 ** int(math.log2(max(4, x.shape[1]))))
+    spectrum = torch.stft(
+        x, size, hop_length=max(1, size // 4), window=torch.hann_window(size), return_complex=True
+    ).abs()
+    level = 20 * torch.log10(spectrum.clamp_min(1e-8))
+    level = (level - level.amax((1, 2), keepdim=True)) / 60 + 1
+    level = F.interpolate(level[:, None].flip(2), size=(height, width), mode="bilinear")[:, 0]
+    return torch.cat([wave, coloured(level, "magma")], 2)
+
+
+def grid(shown: UInt8[Tensor, " N 3 H W"], columns: int, headed: bool = False) -> bytes:
+    """Pictures in rows of `columns`, enlarged by whole pixels; `headed` sets the first column apart."""
+    n, _, height, width = shown.shape
+    factor = max(1, TILE // max(height, width))
+    shown = shown.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    height, width, rows = height * factor, width * factor, -(-n // columns)
+    apart = 4 * GAP if headed else 0
+    sheet = torch.full((3, rows * (height + GAP) + GAP, columns * (width + GAP) + GAP + apart), LINE, dtype=torch.uint8)
+    for i in range(n):
+        row, column = divmod(i, columns)
+        y, x = GAP + row * (height + GAP), GAP + column * (width + GAP) + (apart if column else 0)
+        sheet[:, y : y + height, x : x + width] = shown[i]
+    return png(sheet.movedim(0, 2).numpy())
+
+
+def png(pixels: np.ndarray[Any, Any]) -> bytes:
+    """(H, W, 3) uint8 -> PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def plot(draw: Callable[[Any], None], width: float = 6.0, height: float = 3.5) -> bytes:
+    """Let `draw` fill a matplotlib figure of so many inches."""
+    canvas = Canvas(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(canvas)
+    draw(canvas)
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def bars(panels: Sequence[tuple[str, Tensor]], xlabel: str, ylabel: str, mark: float | None = None) -> bytes:
+    """One bar chart a panel; `mark` draws a level across."""
+
+    def draw(canvas: Any) -> None:
+        for axes, (title, heights) in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            axes.bar(range(len(heights)), heights.double().numpy(), width=1.0 if len(heights) > 40 else 0.8)
+            axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if mark is not None:
+                axes.axhline(mark, color="black", linewidth=0.8, linestyle="--")
+
+    return plot(draw, width=max(5.0, 4.0 * len(panels)))
+
+
+def scatters(
+    panels: Sequence[tuple[str, Tensor]],
+    box: tuple[float, float, float, float],
+    heat: tuple[str, Float[Tensor, " side side"]] | None = None,
+) -> bytes:
+    """Points on the plane, a panel each, in one frame (left, right, bottom, top), and a density as heat beside them."""
+
+    def draw(canvas: Any) -> None:
+        row = canvas.subplots(1, len(panels) + (heat is not None), squeeze=False)[0]
+        for axes, (title, points) in zip(row, panels, strict=False):
+            axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=3, linewidths=0, alpha=0.6)
+            axes.set(title=title, xlim=box[:2], ylim=box[2:], aspect="equal")
+        if heat is not None:
+            row[-1].imshow(heat[1].numpy(), extent=box, origin="lower", cmap="viridis", interpolation="nearest")
+            row[-1].set(title=heat[0], aspect="equal")
+
+    return plot(draw, width=3.6 * (len(panels) + (heat is not None)), height=3.8)
+
+
+def overlays(real: Float[Tensor, " n D"], sampled: Float[Tensor, " m D"], most: int = 8) -> bytes:
+    """Histograms of the first coordinates, data and samples on top of each other."""
+
+    def draw(canvas: Any) -> None:
+        count = min(real.shape[1], most)
+        columns = min(4, count)
+        for d, axes in enumerate(canvas.subplots(-(-count // columns), columns, squeeze=False).ravel()):
+            if d >= count:
+                axes.set_axis_off()
+                continue
+            low, high = real[:, d].min().item(), real[:, d].max().item()
+            room = 0.1 * (high - low) or 1.0
+            edges = np.linspace(low - room, high + room, 41)
+            for values, name in ((real, "data"), (sampled, "samples")):
+                axes.hist(values[:, d].numpy().clip(edges[0], edges[-1]), edges, density=True, alpha=0.5, label=name)
+            axes.set(title=f"coordinate {d}", yticks=[])
+        canvas.axes[0].legend()
+
+    return plot(draw, width=9, height=2.4 * -(-min(real.shape[1], most) // 4))
+
+
+def _spread(x: Tensor, spec: DataSpec) -> Float[Tensor, " B *shape"]:
+    """Onto [0, 1]."""
+    x = x.cpu().float()
+    if spec.levels is not None:
+        return (x / (spec.levels - 1)).nan_to_num(0.0).clamp(0, 1)
+    low, high = x.min(), x.max()
+    return ((x - low) / (high - low).clamp_min(1e-12)).nan_to_num(0.0)

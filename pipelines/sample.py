@@ -1,0 +1,104 @@
+"""Sample from a finished run.
+
+python -m pipelines.sample RUN --n 64 --out grid.png          a grid
+python -m pipelines.sample RUN --n 64 --out samples.npz       arrays `x` in data units and `y` (empty if drawn)
+python -m pipelines.sample RUN --n 64 --out folder/           one PNG a sample
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dgm_core import runs
+from dgm_core.contract import GenerativeModel
+from dgm_core.data.display import display_of
+from dgm_core.evaluation import drawing
+from pipelines.cluster import device
+from pipelines.params import Usage, run_main, yaml_load
+
+
+def draw(model: GenerativeModel, n: int, y: Tensor | None, batch: int, **options: Any) -> Tensor:
+    """(n, *shape) in data units, a batch at a time, with progress on a terminal."""
+    parts = []
+    with torch.no_grad(), tqdm(total=n, desc="sampling", disable=None, unit="sample") as bar:
+        for start in range(0, n, batch):
+            size = min(batch, n - start)
+            part = model.sample(size, None if y is None else y[start : start + size], **options)
+            parts.append(part.cpu())
+            bar.update(size)
+    return torch.cat(parts)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipelines.sample", description="Sample from a finished run.")
+    parser.add_argument("run", metavar="RUN", help="a run of params.yaml, or a run's folder")
+    parser.add_argument("--n", type=int, default=64)
+    parser.add_argument("--out", type=Path, required=True, help="FILE.png, FILE.npz or a folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--class", type=int, dest="label", metavar="K", help="of conditional models; drawn if not given"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="samples at a time")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="the model's own options")
+    given = parser.parse_args(argv)
+    folder = Path(given.run) if Path(given.run).is_dir() else Path("models", given.run)
+    try:
+        model = runs.load(folder, device())
+    except runs.RunError as error:
+        raise Usage(str(error)) from None
+    options = _options(model, given.set)
+    if given.n < 1:
+        raise Usage(f"--n {given.n} is not accepted: at least 1")
+    torch.manual_seed(given.seed)
+    y = None
+    if given.label is not None:
+        y = model.labels_for(given.n, torch.full((given.n,), given.label))
+    x = draw(model, given.n, y, given.batch, **options)
+    write(x, y, model, runs.read_json(folder / "data.json"), given.out)
+    sys.stdout.write(f"{given.n} samples of {folder.name}: {given.out}\n")
+    return 0
+
+
+def _options(model: GenerativeModel, given: Sequence[str]) -> dict[str, Any]:
+    known = model.sample_options()
+    options = {}
+    for item in given:
+        name, sign, value = item.partition("=")
+        if not sign or name not in known:
+            listed = ", ".join(f"{k} (default {v})" for k, v in known.items()) or "none"
+            raise Usage(f"--set {item} is not accepted; this model's options: {listed}")
+        options[name] = yaml_load(value)
+    return options
+
+
+def write(x: Tensor, y: Tensor | None, model: GenerativeModel, info: Mapping[str, Any], out: Path) -> None:
+    """By the name's ending: a grid, an array, or a folder of pictures."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npz":
+        np.savez_compressed(out, x=x.numpy(), y=np.empty(0, np.int64) if y is None else y.cpu().numpy())
+        return
+    if model.data.kind == "vector":
+        raise Usage("samples are vectors, no pictures: give --out FILE.npz")
+    pictures = drawing.pictures(x, model.data, display_of(info))
+    if out.suffix == ".png":
+        out.write_bytes(drawing.grid(pictures, math.ceil(math.sqrt(len(pictures)))))
+    elif out.suffix == "":
+        out.mkdir(exist_ok=True)
+        for i, picture in enumerate(pictures):
+            (out / f"{i:05d}.png").write_bytes(drawing.png(picture.movedim(0, 2).numpy()))
+    else:
+        raise Usage(f"--out {out} is not accepted: FILE.png, FILE.npz, or a folder")
+
+
+if __name__ == "__main__":
+    run_main(main)
