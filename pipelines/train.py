@@ -107,6 +107,8 @@ def job(config: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
         on_log=reporter.row,
         stop=stop,
     )
+    if config["init_from"]:  # k-means, data-dependent starts and closed forms would undo the weights
+        trainer.entered = [turn.name for turn in trainer.turns]
     started = time.perf_counter()
     outcome = trainer.fit()
     reporter.flush()

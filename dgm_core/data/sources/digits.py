@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 from pydantic import Field
-from sklearn.datasets import load_digits
 
 from dgm_core.contract import DataSpec
 from dgm_core.data.sources.base import Arrays, Map, Part, Plan, Source
@@ -36,5 +35,7 @@ class Digits(Source):
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """(1797, 8, 8) float32 in 0 … 16, and labels."""
+    from sklearn.datasets import load_digits  # here: it takes a second, and every stage imports the sources
+
     x, y = load_digits(return_X_y=True)
     return np.asarray(x, np.float32).reshape(-1, 8, 8), np.asarray(y, np.int64)

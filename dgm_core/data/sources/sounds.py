@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import soundfile
 from pydantic import Field
-from scipy.signal import resample_poly
 
 from dgm_core.config import Strict
 from dgm_core.data.sources.base import Plan, refuse
@@ -73,6 +72,8 @@ def decode(items: Sequence[Item], counts: Sequence[int], rate: int, options: Sou
         wave = wave.mean(axis=1)
         if found != rate:
             ratio = Fraction(rate, found)
+            from scipy.signal import resample_poly  # here: it takes half a second, and is seldom needed
+
             wave = resample_poly(wave, ratio.numerator, ratio.denominator)
         if len(wave) < count * length:
             problems.append(
