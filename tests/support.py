@@ -66,9 +66,17 @@ def _level(spec: DataSpec, y: Tensor, g: torch.Generator) -> Tensor:
     assert spec.levels is not None
     coordinate = torch.arange(spec.dims)
     stripe = (coordinate[None] + 2 * y[:, None]) % 4 < 2  # stripes whose phase is the kind of example
-    flipped = torch.rand(len(y), spec.dims, generator=g) < 0.05
+    # Many levels have their greys for noise instead: a density cannot jump from dark to bright and back.
+    flipped = torch.rand(len(y), spec.dims, generator=g) < (0.05 if grey_width(spec) == 1 else 0.0)
     x = (stripe ^ flipped).long() * (spec.levels - 1)
+    if (width := grey_width(spec)) > 1:  # greys around two levels: a density has no use for two points on a line
+        x = x // 2 + (spec.levels - width) // 4 + torch.randint(0, width, x.shape, generator=g)
     return x.reshape(len(y), *spec.shape).to(spec.dtype)
+
+
+def grey_width(spec: DataSpec) -> int:
+    """How many levels around dark and bright `examples` spreads over."""
+    return max(1, (spec.levels or 0) // 6)
 
 
 @dataclass

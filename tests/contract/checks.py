@@ -30,7 +30,7 @@ from dgm_core.contract import (
 from dgm_core.training import checkpoint
 from dgm_core.training.optimisers import build_players
 from dgm_core.training.trainer import Schedule, Trainer
-from tests.support import SPECS, CommonNoise, Tensors, equal_states, every_example, examples, in_double
+from tests.support import SPECS, CommonNoise, Tensors, equal_states, every_example, examples, grey_width, in_double
 
 Model = type[GenerativeModel]
 
@@ -302,8 +302,8 @@ def learns_its_tiny_problem(model: Model, spec: DataSpec) -> None:
         if isinstance(fitted, HasLikelihood) and spec.dims <= 64:
             nll = -fitted.log_prob(test.x, test.y, test.context, samples=8).double().mean().item()
             independent = independent_nll(train.x, test.x, spec)
-            # Half of what there is to gain: the examples are two stripes with 5 % flips (or two Gaussians).
-            bound = independent - 0.5 * (independent - known_entropy(spec))
+            # A third of what there is to gain: of two round clusters a linear model, fitted perfectly, gets 41 %.
+            bound = independent - (independent - known_entropy(spec)) / 3
             assert nll < bound, f"{nll:.3f} nats; independent coordinates reach {independent:.3f}, bound {bound:.3f}"
             return
         context = dict(test.context)
@@ -325,7 +325,8 @@ def known_entropy(spec: DataSpec) -> float:
     """Of `examples`, up to which of the two kinds it is: ln 2 at most."""
     if spec.levels is None:
         return spec.dims * (0.5 * math.log(2 * math.pi * math.e) + math.log(0.3))
-    return spec.dims * -(0.05 * math.log(0.05) + 0.95 * math.log(0.95))
+    flips = -(0.05 * math.log(0.05) + 0.95 * math.log(0.95)) if grey_width(spec) == 1 else 0.0
+    return spec.dims * (flips + math.log(grey_width(spec)))
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
