@@ -30,6 +30,7 @@ from pipelines.params import Params, Usage, load_params, run_main
 from pipelines.text import number, words
 
 POINTS = 300  # of a curve that are drawn; a longer one is averaged down to as many
+HEADLINES = ("bits_per_dim", "nll_", "elbo_nats", "frechet", "class_agreement", "reconstruction_mse")
 Curve = list[tuple[float, float]]
 
 
@@ -134,13 +135,18 @@ def build_report(inputs: ReportInputs) -> str:
     return environment.get_template("report.html.j2").render(
         title=inputs.title,
         pages=pages,
-        metrics=sorted(shared, key=lambda name: (-shared[name], name)),
+        metrics=sorted(shared, key=lambda name: (_rank(name), -shared[name], name)),
         drawing=graph.svg(inputs.nodes, inputs.edges, links),
         needs=needs,
         curves=_as_script({page.facts.name: page.curves for page in pages if page.curves}),
         number=number,
         local_mlflow=any(page.mlflow_is_local for page in pages),
     )
+
+
+def _rank(name: str) -> int:
+    """What a reader looks for first comes first."""
+    return next((i for i, start in enumerate(HEADLINES) if name.startswith(start)), len(HEADLINES))
 
 
 def read_run(root: Path, facts: RunFacts) -> RunPage:

@@ -35,7 +35,7 @@ def log_model(tracker: Tracker, run: Path) -> str:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logged: Any = None
     with mlflow.start_run(run_id=tracker.run_id), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*input example was not provided.*")
+        warnings.simplefilter("ignore", UserWarning)  # about schemas to infer: the signature says it all
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("sampler.py")),

@@ -23,7 +23,7 @@ from dgm_core.evaluation import quality
     },
 )
 def wgan_gp_ring(workdir: Path) -> Measured:
-    data = fit.dataset(workdir, "ring", source="density", density={"name": "ring", "radius": 2.0, "sd": 0.02})
+    data = fit.dataset(workdir, "ring", source="density", density="ring", radius=2.0, sd=0.02)
     model = fit.train("wgan_gp", data)
     torch.manual_seed(1)
     with torch.no_grad():

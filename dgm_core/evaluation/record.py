@@ -85,8 +85,10 @@ class Evaluation:
     environment: dict[str, str] = field(default_factory=dict)
 
     def flat(self) -> dict[str, float]:
-        """Name -> number, for a metrics file; what was not finite is left out (a warning says so)."""
-        return {name: metric.value for name, metric in self.metrics.items() if metric.value is not None}
+        """Name -> number, for a metrics file that is the same each time: what was not finite is left out (a warning
+        says so), and so are timings."""
+        known = {name: metric.value for name, metric in self.metrics.items() if metric.value is not None}
+        return {name: value for name, value in known.items() if not name.startswith("seconds_")}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + os.linesep
