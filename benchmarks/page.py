@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -109,3 +111,58 @@ def _circumstances(stored: Mapping[str, Any]) -> str:
 
 def _table_row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+HEADLINES = ("bits_per_dim", "nll_nats", "frechet")
+_HEAD = re.compile(r"(?P<title>.+?)\. (?P<authors>.+?),? (?P<year>(?:19|20)\d\d)\b")
+
+
+def models_table(
+    catalog: Mapping[str, type], quality: Mapping[str, Mapping[str, Any] | None], graph: Mapping[str, Any] | None
+) -> str:
+    """The README's table: each model with its paper, our first figure of its row, and the published one.
+
+    Args:
+        quality: model -> the stored measurement of its row, if it has one.
+        graph: what `python -m benchmarks.results graph` stored; the default graph's figure stands in for a row.
+    """
+    lines = ["| name | family | paper | here | published |", "|---|---|---|---|---|"]
+    for name, model in catalog.items():
+        family = model.__module__.split(".")[-2]
+        here, published = _first_figure(quality.get(name)) or _graph_figure(name, graph) or ("–", "")
+        lines.append(_table_row(f"`{name}`", family, _paper(model), here, published or "–"))
+    return "\n".join(lines)
+
+
+def _paper(model: type) -> str:
+    """Title, authors, year and link, from the first sentences of the model file."""
+    doc = " ".join((inspect.getdoc(inspect.getmodule(model)) or "").split())
+    head = _HEAD.match(doc)
+    if head is None:
+        raise ValueError(f"{model.__module__}: the docstring does not begin with title, authors and year")
+    link = re.search(r"(arXiv|doi):(\S+?)\.?(?=[\s),;]|$)", doc)
+    title = head["title"]
+    if link is not None:
+        base = "https://arxiv.org/abs/" if link[1] == "arXiv" else "https://doi.org/"
+        title = f"[{title}]({base}{link[2]})"
+    return f"{title}, {head['authors']}, {head['year']}"
+
+
+def _first_figure(stored: Mapping[str, Any] | None) -> tuple[str, str] | None:
+    if stored is None:
+        return None
+    name, found = next(iter(stored["figures"].items()))
+    value = f"{figure_text(found)} {found['unit']}".strip()
+    published = f"{found['published']} ({found['source']})" if found["source"] else found["published"]
+    return f"{value}: {name}; {stored['data'].split(';')[0]}", published
+
+
+def _graph_figure(model: str, graph: Mapping[str, Any] | None) -> tuple[str, str] | None:
+    for run, found in (graph or {"runs": {}})["runs"].items():
+        for metric in HEADLINES:
+            if found["model"] == model and metric in found["metrics"]:
+                return (
+                    f"{number(found['metrics'][metric]['value'], None)}: {metric} of `{run}` in the default graph",
+                    "",
+                )
+    return None

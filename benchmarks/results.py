@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks import page
 from benchmarks.harness import ROOT, circumstances, write_json
 from benchmarks.rows import QualityRow, all_rows
+from dgm_core.models import CATALOG
 from pipelines.report import read_evaluation
 
 DOCS = ROOT / "docs"
@@ -100,8 +101,13 @@ def graph(root: Path) -> dict[str, Any]:
     return {"command": "make repro && python -m benchmarks.results graph", "runs": runs, **circumstances()}
 
 
-def render(rows: Mapping[str, QualityRow], docs: Path = DOCS, benchmarks: Path = ROOT / "benchmarks") -> Path:
-    """Write docs/results.md from what is stored, and nothing else."""
+def render(
+    rows: Mapping[str, QualityRow],
+    docs: Path = DOCS,
+    benchmarks: Path = ROOT / "benchmarks",
+    readme: Path | None = None,
+) -> Path:
+    """Write docs/results.md, and the README's table of models, from what is stored and nothing else."""
     stored = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((docs / "results").glob("*.json"))
     }
@@ -115,7 +121,20 @@ def render(rows: Mapping[str, QualityRow], docs: Path = DOCS, benchmarks: Path =
     ]
     path = docs / "results.md"
     path.write_text(page.document(quality, stored.get("graph"), speed, not_timed), encoding="utf-8")
+    if readme is not None:
+        by_model = {row.model: found for row, found in quality if found is not None}
+        _replace_models(readme, page.models_table(CATALOG, by_model, stored.get("graph")))
     return path
+
+
+def _replace_models(readme: Path, table: str) -> None:
+    """Put the table between the README's two markers."""
+    text = readme.read_text(encoding="utf-8")
+    before, start, rest = text.partition("<!-- models -->\n")
+    _, end, after = rest.partition("\n<!-- /models -->")
+    if not start or not end:
+        raise SystemExit(f"{readme} has lost its markers <!-- models --> … <!-- /models -->")
+    readme.write_text(f"{before}{start}{table}{end}{after}", encoding="utf-8")
 
 
 def _still_means(row: QualityRow, stored: Mapping[str, Any]) -> bool:
@@ -158,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_json(DOCS / "results" / "graph.json", graph(ROOT))
         elif name != "render":
             met &= _run(rows[name], given.workdir)
-    print(f"wrote {render(rows).relative_to(ROOT)}")
+    print(f"wrote {render(rows, readme=ROOT / 'README.md').relative_to(ROOT)} and README.md's table of models")
     return 0 if met else 1
 
 

@@ -1,4 +1,4 @@
-"""Real-valued non-volume-preserving transformations. L. Dinh, J. Sohl-Dickstein, S. Bengio, 2017. arXiv:1605.08803.
+"""Density estimation using Real NVP. L. Dinh, J. Sohl-Dickstein, S. Bengio, 2017. arXiv:1605.08803.
 
 Couplings z = b ⊙ x + (1 − b) ⊙ (x ⊙ exp(s(b ⊙ x)) + t(b ⊙ x)) (eq. 9), where s is a learnt multiple of a tanh (4.1).
 Vectors: couplings with alternating masks. Images: at each scale three checkerboard couplings, squeeze, three
