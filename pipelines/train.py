@@ -88,6 +88,8 @@ def job(config: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     if config["init_from"]:
         checkpoint.load_model_state(model, checkpoint.model_state(runs.load(config["init_from"])))
     reporter = Reporter(worker, config["report_seconds"])
+    for row in history.read(folder / "history.jsonl"):  # a kill may have come before they were reported
+        reporter.rows.append(json.dumps(row))
 
     def evaluate(averaged: GenerativeModel) -> Mapping[str, float]:
         reporter.images[trainer.step] = sample_grid(averaged, dataset)
