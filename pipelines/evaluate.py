@@ -28,6 +28,7 @@ from dgm_core.evaluation.judge import Judge
 from dgm_core.evaluation.record import EvaluationConfig
 from pipelines.cluster import call, connected, device
 from pipelines.params import Params, Usage, load_params, run_main
+from pipelines.serving import log_model
 from pipelines.tracking import Tracker
 
 
@@ -94,6 +95,8 @@ def main(argv: Sequence[str]) -> int:
         Path("metrics").mkdir(exist_ok=True)
         runs.write_json(Path("metrics", f"{given.run}.json"), metrics)
         tracker.log_results(metrics, Path("evaluations", given.run))
+        if two_stage and params.tracking.log_model:
+            log_model(tracker, Path("models", given.run))
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import dgm_core
-from dgm_core.runs import find_model, read_json
+from dgm_core.runs import load
 from pipelines.tracking import Tracker
 
 _NEEDS = ("torch", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "mlflow")
@@ -23,7 +23,7 @@ def log_model(tracker: Tracker, run: Path) -> str:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    options = find_model(read_json(run / "config.json")["model"]).sample_options()
+    options = load(run).sample_options()
     params = [ParamSpec("seed", DataType.long, 0)]
     params += [ParamSpec(k, DataType[_TYPES[type(v)]], v) for k, v in options.items() if type(v) in _TYPES]
     signature = ModelSignature(

@@ -275,3 +275,19 @@ def test_a_failing_run_is_tracked_as_failed(project: Path) -> None:
         train.main(["vae"])
     (run,) = mlflow_runs(project)
     assert run.info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_the_logged_model_samples_the_same_for_the_same_seed(project: Path) -> None:
+    import mlflow
+    import pandas as pd
+
+    write_params(project, tracking={"log_model": True})
+    assert train.main(["vae"]) == 0
+    (logged,) = mlflow.search_logged_models(output_format="list")
+    model = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
+    rows = pd.DataFrame({"n": [2, 1]})
+    first, second = (model.predict(rows, params={"seed": 3, "temperature": 0.5}) for _ in range(2))
+    assert first.shape == (3, 1, 16, 16)
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, model.predict(rows, params={"seed": 4, "temperature": 0.5}))
