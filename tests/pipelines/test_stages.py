@@ -284,7 +284,8 @@ def test_the_logged_model_samples_the_same_for_the_same_seed(project: Path) -> N
 
     write_params(project, tracking={"log_model": True})
     assert train.main(["vae"]) == 0
-    (logged,) = mlflow.search_logged_models(output_format="list")
+    experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
+    (logged,) = mlflow.search_logged_models(experiments, output_format="list")
     model = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
     rows = pd.DataFrame({"n": [2, 1]})
     first, second = (model.predict(rows, params={"seed": 3, "temperature": 0.5}) for _ in range(2))
