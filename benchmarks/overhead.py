@@ -26,7 +26,7 @@ from pipelines.tracking import Tracker
 from pipelines.train import job
 
 PAIRS = 7
-ROUNDS = 600
+ROUNDS = 400
 
 
 def bare(config: Mapping[str, Any]) -> float:
@@ -92,11 +92,11 @@ def main() -> int:
 
 
 def _start_up(folder: Path) -> list[Row]:
-    """Wall seconds of a one-round job, beyond its imports: with a cluster of its own, and joining one."""
+    """Seconds from a process's start to its job's first line, beyond imports: a cluster of its own, and joining one."""
     from pipelines.repro import ray_head
 
-    imports = _seconds("import torch, ray, ray.train.torch, mlflow, pipelines.train", {})
-    one = "from benchmarks.overhead import one_round; one_round()"
+    imports = _seconds("import time, torch, ray, ray.train.torch, mlflow, pipelines.train; print(time.time())", {})
+    one = "import mlflow, pipelines.train; from benchmarks.overhead import one_round; one_round()"
     alone = _seconds(one, {"RAY_AUTH_MODE": "disabled"})
     with ray_head() as address:
         joining = _seconds(one, {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"})
@@ -108,15 +108,15 @@ def _start_up(folder: Path) -> list[Row]:
 
 
 def one_round() -> None:
-    """Connect, start a worker group, and stop: what a training stage does before its first round."""
+    """Connect, start a worker group, and say when its first line ran: what a stage does before its first round."""
     import ray.train.torch  # noqa: F401
 
     cluster = Cluster(storage=tempfile.mkdtemp(prefix="dgm-start-"))
     with connected(cluster):
-        run_job(_nothing, {}, cluster, name="start", on_report=_ignore)
+        print(run_job(_now, {}, cluster, name="start", on_report=_ignore), flush=True)
 
 
-def _nothing(config: Mapping[str, Any], worker: Any) -> float:
+def _now(config: Mapping[str, Any], worker: Any) -> float:
     return time.time()
 
 
@@ -125,12 +125,18 @@ def _ignore(payload: Mapping[str, Any]) -> None:
 
 
 def _seconds(code: str, environment: Mapping[str, str]) -> float:
-    """Median of three runs of a fresh interpreter."""
+    """From the start of a fresh interpreter to the time that it prints last; median of three."""
     times = []
     for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **environment})
-        times.append(time.perf_counter() - started)
+        started = time.time()
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        times.append(float(done.stdout.split()[-1]) - started)
     return sorted(times)[1]
 
 

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def connected(cluster: Cluster) -> Iterator[None]:
     if cluster.workers == 0:
         yield
         return
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.start_timeout_s))
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same on the driver and its workers
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -71,8 +72,8 @@ def connected(cluster: Cluster) -> Iterator[None]:
         _preflight(address)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == "local":
-        # Without a dashboard the workers' placement groups of a stopped search are not freed, but there is none here.
-        ray.init(address=address, include_dashboard=False, **quiet)
+        # Ray Train's placement-group cleaner asks the dashboard's State API, and ends 12 s late where there is none.
+        ray.init(address=address, include_dashboard=True, dashboard_host="127.0.0.1", **quiet)
     else:
         ray.init(address=address, **quiet)
     try:
@@ -135,6 +136,8 @@ def run_job(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from pipelines.writer import Reports
+
     resources = _resources(cluster, cluster.workers)
     trainer = TorchTrainer(
         _Entry(job, int(resources["CPU"])),
@@ -146,7 +149,7 @@ def run_job(
             name=name,
             storage_path=str((Path(cluster.storage) / "ray").resolve()),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
-            callbacks=[_reports(on_report)],
+            callbacks=[Reports(on_report)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -173,33 +176,32 @@ class _Entry:
         import ray.train.torch
 
         torch.set_num_threads(self.threads)
+        worker = _RayWorker(ray.train.torch.get_device())
         try:
-            return "done", self.job(config, _RayWorker(ray.train.torch.get_device()))
+            result = self.job(config, worker)
+            worker.finish()
+            return "done", result
         except FINAL as error:
             return "failed", f"{type(error).__name__}: {error}"
 
 
-@dataclass
 class _RayWorker:
-    device: torch.device
+    """Reports from a thread of its own: `ray.train.report` waits for the controller's next poll, training does not."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.thread = ThreadPoolExecutor(1)
+        self.last: Future[None] | None = None
 
     def report(self, payload: Mapping[str, Any]) -> None:
         import ray.train
 
-        ray.train.report(dict(payload))
+        self.finish()  # one at a time, and what went wrong with the last is said here
+        self.last = self.thread.submit(ray.train.report, dict(payload))
 
-
-def _reports(on_report: Callable[[Mapping[str, Any]], None]) -> Any:
-    from ray.train import UserCallback
-
-    class Reports(UserCallback):
-        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            try:
-                on_report(metrics[0])
-            except Exception:  # a callback's error would end the run; tracking is not worth that
-                logging.getLogger(__name__).exception("metrics were not recorded")
-
-    return Reports()
+    def finish(self) -> None:
+        if self.last is not None:
+            self.last.result()
 
 
 def call(function: Callable[..., Any], *args: Any, cluster: Cluster) -> Any:

@@ -6,7 +6,6 @@ whose `Writer` is the only one that logs: SQLite has one writer, and no step is 
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -19,62 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.params import Tracking, Usage
+from pipelines.writer import Writer
 
 log = logging.getLogger(__name__)
-_ROUND = "round"  # logged with every row: the last one says what is logged already
-
-
-class Writer:
-    """Logs rows of history into one MLflow run; pickles, and connects when first used."""
-
-    def __init__(self, uri: str, run_id: str, prefix: str = "") -> None:
-        self.uri, self.run_id, self.prefix = uri, run_id, prefix
-        self._client: Any = None
-        self._last = -1
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Writer, (self.uri, self.run_id, self.prefix)
-
-    @property
-    def client(self) -> Any:
-        if self._client is None:
-            from mlflow.tracking import MlflowClient
-
-            self._client = MlflowClient(tracking_uri=self.uri)
-            logged = self._client.get_metric_history(self.run_id, self.prefix + _ROUND)
-            self._last = max((m.step for m in logged), default=-1)
-        return self._client
-
-    def __call__(self, payload: Mapping[str, Any]) -> None:
-        """Log `rows` (JSON lines of history) and `images` ({step: PNG bytes})."""
-        from mlflow.entities import Metric
-
-        client, now, metrics, skipped = self.client, int(time.time() * 1000), [], set()
-        known = self._last
-        for row in map(json.loads, payload.get("rows", ())):
-            step = int(row.pop("step"))
-            if step <= self._last:
-                continue
-            self._last = step
-            metrics.append(Metric(self.prefix + _ROUND, step, now, step))
-            for key, value in row.items():
-                if math.isfinite(value):
-                    metrics.append(Metric(self.prefix + key, value, now, step))
-                else:
-                    skipped.add(key)
-        for start in range(0, len(metrics), 1000):  # MLflow's limit for one batch
-            client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
-        if skipped:
-            client.set_tag(self.run_id, "dgm.not_finite", ", ".join(sorted(skipped)))
-        for step, png in payload.get("images", {}).items():
-            if int(step) > known:
-                _log_image(client, self.run_id, png, key=self.prefix + "samples", step=int(step))
-
-
-def _log_image(client: Any, run_id: str, png: bytes, *, key: str, step: int) -> None:
-    from PIL import Image
-
-    client.log_image(run_id, Image.open(io.BytesIO(png)), key=key, step=step, synchronous=True)
 
 
 class Tracker:

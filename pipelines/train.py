@@ -113,8 +113,8 @@ def job(config: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
         trainer.entered = [turn.name for turn in trainer.turns]
     started = time.perf_counter()
     outcome = trainer.fit()
-    reporter.flush()
     seconds = time.perf_counter() - started
+    reporter.flush()
     if outcome.stopped == "interrupted":
         raise Interrupted("stopped when asked to; run it again to go on from the checkpoint")
     _export(trainer, model, config, folder, dataset)

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pipelines.params import Tracking, Usage
-from pipelines.tracking import Tracker, Writer
+from pipelines.tracking import Tracker
+from pipelines.writer import Writer
 
 
 @pytest.fixture
