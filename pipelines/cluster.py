@@ -23,7 +23,7 @@ from dgm_core.config import RecipeError
 from dgm_core.contract import DataMismatch
 from dgm_core.training.checkpoint import CheckpointError
 from dgm_core.training.history import NonFiniteLoss
-from pipelines.params import Cluster, Usage
+from pipelines.params import Cluster, JobFailed, Usage
 
 # Errors that come again however often a job is restarted: they end it at once, with their own words.
 FINAL = (NonFiniteLoss, DataMismatch, CheckpointError, RecipeError)
@@ -158,10 +158,6 @@ def run_job(
     if kind == "failed":
         raise JobFailed(value)
     return value
-
-
-class JobFailed(RuntimeError):
-    """A job ended with an error that no restart mends; the message is the worker's own."""
 
 
 class _Entry:

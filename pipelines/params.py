@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,15 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from dgm_core.config import Recipe, Strict, merge
+from dgm_core.config import Recipe, RecipeError, Strict, merge
 from dgm_core.contract import DataMismatch, DataSpec, GenerativeModel
 from dgm_core.data import sources
 from dgm_core.data.sources.base import Source
 from dgm_core.evaluation.record import EvaluationConfig
 from dgm_core.models import CATALOG
-from dgm_core.runs import find_model
+from dgm_core.runs import RunError, find_model
+from dgm_core.training.checkpoint import CheckpointError
+from dgm_core.training.history import NonFiniteLoss
 from dgm_core.training.trainer import Schedule
 
 EMBEDDED = "dgm_core/data/sources"  # where data that comes with the code comes from: DVC needs a path to watch
@@ -33,6 +36,10 @@ class Usage(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+class JobFailed(RuntimeError):
+    """A job ended with an error that no restart mends; the message is the worker's own."""
 
 
 class Run(Strict):
@@ -259,9 +266,21 @@ def resolve(
 
 
 def run_main(main: Any) -> NoReturn:
-    """Run a stage's `main(argv)`: user errors become one readable line on stderr and exit code 2."""
+    """Run a stage's `main(argv)`: what the user can mend becomes a readable line on stderr, without a traceback.
+
+    Exit code 2 for what was given, 1 for what went wrong in the run itself. SIGTERM unwinds like an error, so that
+    whatever is open is closed and tracked as failed.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(main(sys.argv[1:]))
-    except (Usage, DataMismatch) as error:
+    except (Usage, DataMismatch, RecipeError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except (JobFailed, NonFiniteLoss, CheckpointError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+
+
+def _terminate(*_: object) -> NoReturn:
+    sys.exit(128 + signal.SIGTERM)

@@ -111,16 +111,14 @@ def job(config: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     )
     if config["init_from"]:  # k-means, data-dependent starts and closed forms would undo the weights
         trainer.entered = [turn.name for turn in trainer.turns]
-    started = time.perf_counter()
     outcome = trainer.fit()
-    seconds = time.perf_counter() - started
     reporter.flush()
     if outcome.stopped == "interrupted":
         raise Interrupted("stopped when asked to; run it again to go on from the checkpoint")
     _export(trainer, model, config, folder, dataset)
     if lock is not None:
         lock.close()
-    return {"step": outcome.step, "stopped": outcome.stopped, "seconds": seconds}
+    return {"step": outcome.step, "stopped": outcome.stopped}
 
 
 def sample_grid(model: GenerativeModel, dataset: Dataset, n: int = 36) -> bytes:

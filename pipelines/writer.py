@@ -5,10 +5,12 @@ It imports nothing heavy, so that a job does not wait for its controller to impo
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -76,6 +78,11 @@ class Reports(UserCallback):
 
     def __init__(self, on_report: Callable[[Mapping[str, Any]], None]) -> None:
         self.on_report = on_report
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # In the controller. MLflow takes seconds to import: better while the workers start than in mid-training.
+        self.__dict__.update(state)
+        threading.Thread(target=importlib.import_module, args=("mlflow.tracking",), daemon=True).start()
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         try:

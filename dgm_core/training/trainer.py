@@ -129,7 +129,7 @@ class Trainer:
         self._open_window()
         if self.step == 0:
             self._save()  # so that a failure before the first interval still says where it can go on from
-        self._saved_at = time.monotonic()
+        self._saved_at = self._started = time.monotonic()
         stopped = "early" if self._is_stale() else "finished"
         while self.step < total and stopped == "finished":
             self._round(Clock(self.step, total))
@@ -237,6 +237,7 @@ class Trainer:
         """Read the window, check it, evaluate if due, and write one line of history."""
         self._window.check_finite(self._last)
         numbers = self._window.read(self.step, self.position)
+        numbers["train/seconds"] = time.monotonic() - self._started
         for name, player in self.players.items():
             numbers[f"train/{name}/lr"] = player.optimizer.param_groups[0]["lr"]
         if evaluate and self.evaluate is not None:
