@@ -60,7 +60,7 @@ def connected(cluster: Cluster) -> Iterator[None]:
     if cluster.workers == 0:
         yield
         return
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.start_timeout_s))
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same on the driver and its workers
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")

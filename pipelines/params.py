@@ -89,7 +89,7 @@ class Cluster(Strict):
     max_failures: int = Field(default=3, ge=0, description="restarts of a job from its last checkpoint")
     start_timeout_s: float = Field(default=60, gt=0)
     storage: str = Field(default=".dgm", description="a path that every node sees: state of running jobs")
-    report_seconds: float = Field(default=5, gt=0, description="least time between reports of a job's metrics")
+    report_seconds: float = Field(default=10, gt=0, description="least time between reports of a job's metrics")
     log_every: int = Field(default=50, ge=1)
     checkpoint_every: int | None = Field(default=None, ge=1)
     checkpoint_seconds: float | None = Field(default=120, gt=0)

@@ -5,7 +5,6 @@ It imports nothing heavy, so that a job does not wait for its controller to impo
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import logging
@@ -26,26 +25,29 @@ class Writer:
     def __init__(self, uri: str, run_id: str, prefix: str = "") -> None:
         self.uri, self.run_id, self.prefix = uri, run_id, prefix
         self._client: Any = None
+        self._lock = threading.Lock()
         self._last = -1
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Writer, (self.uri, self.run_id, self.prefix)
 
-    @property
-    def client(self) -> Any:
-        if self._client is None:
-            from mlflow.tracking import MlflowClient
+    def connect(self) -> Any:
+        """The client, made at first use, and what the run has been told already."""
+        with self._lock:
+            if self._client is None:
+                from mlflow.tracking import MlflowClient
 
-            self._client = MlflowClient(tracking_uri=self.uri)
-            logged = self._client.get_metric_history(self.run_id, self.prefix + _ROUND)
-            self._last = max((m.step for m in logged), default=-1)
-        return self._client
+                client = MlflowClient(tracking_uri=self.uri)
+                logged = client.get_metric_history(self.run_id, self.prefix + _ROUND)
+                self._last = max((m.step for m in logged), default=-1)
+                self._client = client
+            return self._client
 
     def __call__(self, payload: Mapping[str, Any]) -> None:
         """Log `rows` (JSON lines of history) and `images` ({step: PNG bytes})."""
         from mlflow.entities import Metric
 
-        client, now, metrics, skipped = self.client, int(time.time() * 1000), [], set()
+        client, now, metrics, skipped = self.connect(), int(time.time() * 1000), [], set()
         known = self._last
         for row in map(json.loads, payload.get("rows", ())):
             step = int(row.pop("step"))
@@ -80,9 +82,11 @@ class Reports(UserCallback):
         self.on_report = on_report
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # In the controller. MLflow takes seconds to import: better while the workers start than in mid-training.
+        # In the controller. MLflow takes seconds to import and to connect: better while the workers start than in
+        # mid-training.
         self.__dict__.update(state)
-        threading.Thread(target=importlib.import_module, args=("mlflow.tracking",), daemon=True).start()
+        if isinstance(self.on_report, Writer):
+            threading.Thread(target=self.on_report.connect, daemon=True).start()
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         try:
