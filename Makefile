@@ -1,7 +1,9 @@
 # Everything runs from .venv, which is made on first use from constraints.txt. A bare `make` lists the targets.
 
 PYTHON ?= python3.11
+JOBS ?= 1
 ROW ?=
+RUN ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -12,7 +14,7 @@ INSTALLED := .venv/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro test test-all check format smoke dashboards results clean
+.PHONY: help install repro tune test test-all check format smoke dashboards results clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,11 +28,16 @@ $(INSTALLED): constraints.txt pyproject.toml
 		exit 1; }
 	@echo "Installing the pinned dependencies into .venv (once; a few minutes) …"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[pipeline,dev]'
+		--constraint constraints.txt --editable '.[pipeline,cluster,dev]'
 	@touch $@
 
-repro: $(INSTALLED) ## Run the whole graph: dvc repro with one Ray head for all stages
-	@$(BIN)/python -m pipelines.repro
+repro: $(INSTALLED) ## Run the whole graph: dvc repro with one Ray head for all stages; JOBS=4: side by side
+	@$(BIN)/python -m pipelines.repro --jobs $(JOBS)
+
+tune: $(INSTALLED) ## Search for better settings of a run, as params.yaml's tune: says: RUN=name
+	@test -n "$(RUN)" || { echo "Name a run of params.yaml's tune:, as in: make tune RUN=vae" >&2; exit 1; }
+	@$(BIN)/python -m pipelines.repro tuning/dvc.yaml:tune@$(RUN)
+	@$(BIN)/python -m pipelines.tune $(RUN) --adopt
 
 test: $(INSTALLED) ## Run the test suite but for the slow tests; PYTEST_ARGS='-k flow' narrows it
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)

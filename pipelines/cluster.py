@@ -5,17 +5,18 @@ With `workers: 0` the same calls run in this process, without Ray.
 
 from __future__ import annotations
 
-import logging
+import itertools
 import os
-import socket
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,10 +24,19 @@ from dgm_core.config import RecipeError
 from dgm_core.contract import DataMismatch
 from dgm_core.training.checkpoint import CheckpointError
 from dgm_core.training.history import NonFiniteLoss
-from pipelines.params import Cluster, JobFailed, Usage
+from pipelines.connect import NO_DASHBOARD, connected
+from pipelines.params import Cluster, Interrupted, JobFailed
+from pipelines.storage import Storage, StorageError
+
+if TYPE_CHECKING:
+    from ray.train import UserCallback
+
+__all__ = ["Here", "Worker", "call", "connected", "device", "keep_parts", "map_parts", "run_job"]
 
 # Errors that come again however often a job is restarted: they end it at once, with their own words.
-FINAL = (NonFiniteLoss, DataMismatch, CheckpointError, RecipeError)
+FINAL = (NonFiniteLoss, DataMismatch, CheckpointError, RecipeError, StorageError)
+
+CONTROLLER_FAILURES = 3
 
 
 class Worker(Protocol):
@@ -38,6 +48,14 @@ class Worker(Protocol):
         """Send plain values to the job's `on_report`; under Ray a barrier over its workers."""
         ...
 
+    def asked_to_stop(self) -> bool:
+        """Whether SIGTERM came to the stage: checkpoint, and go. Rank 0 knows."""
+        ...
+
+    def preempted(self) -> bool:
+        """Whether a node of the job will be taken away soon: checkpoint. Under Ray a barrier over its workers."""
+        ...
+
 
 @dataclass
 class Here:
@@ -45,75 +63,30 @@ class Here:
 
     device: torch.device
     on_report: Callable[[Mapping[str, Any]], None]
+    stopping: threading.Event = field(default_factory=threading.Event)
 
     def report(self, payload: Mapping[str, Any]) -> None:
         self.on_report(payload)
 
+    def asked_to_stop(self) -> bool:
+        return self.stopping.is_set()
 
-@contextmanager
-def connected(cluster: Cluster) -> Iterator[None]:
-    """Join the cluster at `RAY_ADDRESS`, else start one here for as long as the block lasts.
-
-    Raises:
-        Usage: nothing answers at the address, or the cluster is smaller than `cluster:` asks for.
-    """
-    if cluster.workers == 0:
-        yield
-        return
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.start_timeout_s))
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same on the driver and its workers
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    if ":" in address:
-        _preflight(address)
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address == "local":
-        # Ray Train's placement-group cleaner asks the dashboard's State API, and ends 12 s late where there is none.
-        ray.init(address=address, include_dashboard=True, dashboard_host="127.0.0.1", **quiet)
-    else:
-        ray.init(address=address, **quiet)
-    try:
-        _check_size(cluster, ray.cluster_resources())
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _preflight(address: str) -> None:
-    if "://" in address:
-        raise Usage(
-            f"RAY_ADDRESS={address} is a client address; run this on a machine of the cluster and give host:port "
-            "of its head (usually port 6379)"
-        )
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
-    except (OSError, ValueError) as error:
-        raise Usage(
-            f"nothing answers at RAY_ADDRESS={address} ({error}); start a head there with `ray start --head`, or unset "
-            "RAY_ADDRESS to start a cluster here"
-        ) from None
-
-
-def _check_size(cluster: Cluster, has: Mapping[str, float]) -> None:
-    cpus = cluster.workers * (cluster.cpus_per_worker or 1)
-    gpus = cluster.workers * cluster.gpus_per_worker
-    for name, needed in (("CPU", cpus), ("GPU", gpus)):
-        if needed > has.get(name, 0):
-            raise Usage(
-                f"cluster: {cluster.workers} workers need {needed:g} {name}s; there are {has.get(name, 0):g}; lower "
-                f" cluster.workers or cluster.{name.lower()}s_per_worker, or join a larger cluster (RAY_ADDRESS)"
-            )
+    def preempted(self) -> bool:
+        return False
 
 
 def _resources(cluster: Cluster, workers: int) -> dict[str, float]:
+    """Of one of `workers` workers: what `cluster:` says, or an equal share of the CPUs that fits on the nodes.
+
+    `DGM_JOBS` jobs run side by side: the share is of a cluster that they have between them.
+    """
     import ray
 
-    cpus = cluster.cpus_per_worker or max(1, int(ray.cluster_resources().get("CPU", 1)) // workers)
+    workers *= int(os.environ.get("DGM_JOBS", "1"))
+
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    fitting = (c for c in range(max(1, *nodes), 1, -1) if sum(n // c for n in nodes) >= workers)
+    cpus = cluster.cpus_per_worker or next(fitting, 1)
     return {"CPU": cpus, **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})}
 
 
@@ -124,59 +97,150 @@ def run_job(
     *,
     name: str,
     on_report: Callable[[Mapping[str, Any]], None],
+    callbacks: Sequence[UserCallback] = (),
 ) -> Any:
     """Run `job(config, worker)` as a Ray Train job on `cluster.workers` workers; rank 0's return value comes back.
 
-    A worker that dies takes the group with it, and Ray starts the group again, up to `cluster.max_failures` times: the
-    job finds its own checkpoint. `on_report` gets rank 0's payloads in Ray's controller process: it must pickle.
+    A worker or node that dies takes the group with it, and Ray starts the group again, up to `cluster.max_failures`
+    times; a dead controller is started again here: either way the job finds its own checkpoint. `on_report` gets rank
+    0's payloads in Ray's controller process: it must pickle. SIGTERM asks the job to checkpoint and stop.
+
+    Raises:
+        JobFailed: with the job's own words, for what no restart mends.
+        Interrupted: SIGTERM came, and the job has checkpointed.
     """
-    if cluster.workers == 0:
-        device = torch.device("cuda" if torch.cuda.is_available() and cluster.gpus_per_worker else "cpu")
-        return job(config, Here(device, on_report))
+    if cluster.most == 0:
+        here = Here(torch.device("cuda" if torch.cuda.is_available() and cluster.gpus_per_worker else "cpu"), on_report)
+        with _on_sigterm(here.stopping.set):
+            return job(config, here)
+    from ray.exceptions import RayActorError
+
+    folders = _Folders(cluster, name)
+    with _on_sigterm(folders.ask_to_stop):
+        for failures in itertools.count(1):
+            trainer = _trainer(
+                _Entry(job, folders.stop_key, NO_DASHBOARD not in os.environ),
+                config,
+                cluster,
+                folders,
+                on_report,
+                callbacks,
+            )
+            try:
+                kind, value = trainer.fit().return_value
+            except RayActorError:  # Ray restarts a controller's workers, but nobody the controller
+                if failures > CONTROLLER_FAILURES:
+                    raise
+                continue
+            folders.delete()
+            if kind == "done":
+                return value
+            raise JobFailed(value) if kind == "failed" else Interrupted(value)
+
+
+class _Folders:
+    """Ray's own folder for a job, and the file whose presence asks the job to stop."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.storage = Storage(cluster.storage if cluster.shared else str(cluster.local), cluster.storage_patience_s)
+        self.key = f"ray/{name}"
+        self.stop_key = (self.storage, f"stop/{name}")
+        self.storage.delete(self.stop_key[1])
+
+    def ask_to_stop(self) -> None:
+        self.storage.write(self.stop_key[1], b"")
+
+    def delete(self) -> None:
+        for key in (self.key, self.stop_key[1]):
+            self.storage.delete(key)
+
+
+@contextmanager
+def _on_sigterm(ask: Callable[[], None]) -> Iterator[None]:
+    """The first SIGTERM asks nicely, a second one ends this process; elsewhere than in the main thread, neither."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def first(*_: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        ask()
+
+    signal.signal(signal.SIGTERM, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _trainer(
+    entry: Callable[[Mapping[str, Any]], Any],
+    config: Mapping[str, Any],
+    cluster: Cluster,
+    folders: _Folders,
+    on_report: Callable[[Mapping[str, Any]], None],
+    callbacks: Sequence[UserCallback],
+) -> Any:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from pipelines.writer import Reports
+    from pipelines.writer import Reports, TorchSetup
 
-    resources = _resources(cluster, cluster.workers)
-    trainer = TorchTrainer(
-        _Entry(job, int(resources["CPU"])),
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            # Two of Ray Train's helpers are processes of their own, seconds of a stage's start on few cores: one that
+            # serves Ray Data, which no job here uses, and one that frees placement groups when the driver dies, which
+            # a cluster that dies with the driver does not need (and which asks a dashboard that it does not have).
+            idle = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if NO_DASHBOARD in os.environ else set())
+            return [c for c in super()._create_default_callbacks() if type(c).__name__ not in idle]
+
+    elastic = not isinstance(cluster.workers, int)
+    extra: dict[str, Any] = {"elastic_resize_monitor_interval_s": cluster.resize_seconds} if elastic else {}
+    filesystem, root = folders.storage.filesystem
+    return Trainer(
+        entry,
         train_loop_config=dict(config),
+        torch_config=TorchSetup(),  # pyright: ignore[reportArgumentType]
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=_resources(cluster, cluster.most),
+            **extra,
         ),
         run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str((Path(cluster.storage) / "ray").resolve()),
+            name=folders.key.rpartition("/")[2],
+            storage_path=f"{root}/ray",
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
-            callbacks=[Reports(on_report)],
+            callbacks=[Reports(on_report), *callbacks],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    outcome: Any = trainer.fit().return_value
-    kind, value = outcome
-    if kind == "failed":
-        raise JobFailed(value)
-    return value
 
 
 class _Entry:
     """The function that Ray's workers run; its class is importable, so only the arguments travel."""
 
-    def __init__(self, job: Callable[[Mapping[str, Any], Worker], Any], threads: int) -> None:
-        self.job = job
-        self.threads = threads
+    def __init__(
+        self, job: Callable[[Mapping[str, Any], Worker], Any], stop: tuple[Storage, str], preemptible: bool
+    ) -> None:
+        self.job, self.stop, self.preemptible = job, stop, preemptible
         self.__name__ = getattr(job, "__name__", "job")
 
     def __call__(self, config: Mapping[str, Any]) -> tuple[str, Any]:
+        import ray
         import ray.train.torch
 
-        torch.set_num_threads(self.threads)
-        worker = _RayWorker(ray.train.torch.get_device())
+        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        worker = _RayWorker(ray.train.torch.get_device(), self.stop, self.preemptible)
         try:
             result = self.job(config, worker)
             worker.finish()
             return "done", result
+        except Interrupted as stopped:
+            worker.finish()
+            return "interrupted", str(stopped)
         except FINAL as error:
             return "failed", f"{type(error).__name__}: {error}"
 
@@ -184,8 +248,9 @@ class _Entry:
 class _RayWorker:
     """Reports from a thread of its own: `ray.train.report` waits for the controller's next poll, training does not."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, stop: tuple[Storage, str], preemptible: bool) -> None:
+        self.device, self.preemptible = device, preemptible
+        self.storage, self.stop_key = stop
         self.thread = ThreadPoolExecutor(1)
         self.last: Future[None] | None = None
 
@@ -199,10 +264,21 @@ class _RayWorker:
         if self.last is not None:
             self.last.result()
 
+    def asked_to_stop(self) -> bool:
+        return self.storage.exists(self.stop_key)
+
+    def preempted(self) -> bool:
+        if not self.preemptible:
+            return False
+        import ray.train
+
+        self.finish()  # both are barriers of the same group
+        return ray.train.get_preemption_info() is not None
+
 
 def call(function: Callable[..., Any], *args: Any, cluster: Cluster) -> Any:
     """Run one function on one of the cluster's workers, with that worker's share of CPUs (and GPU)."""
-    if cluster.workers == 0:
+    if cluster.most == 0:
         return function(*args)
     import ray
     from ray.exceptions import RayTaskError
@@ -217,10 +293,25 @@ def call(function: Callable[..., Any], *args: Any, cluster: Cluster) -> Any:
         raise error.cause if isinstance(error.cause, FINAL) else error from None
 
 
-def map_parts(function: Callable[[Any], Any], parts: Sequence[Any], cluster: Cluster, *, what: str) -> Iterable[Any]:
-    """`function` of each part, in order, on as many CPUs as the cluster has; with progress on a terminal."""
+def map_parts(
+    function: Callable[[Any], Any],
+    parts: Sequence[Any],
+    cluster: Cluster,
+    *,
+    what: str,
+    near: bool = False,
+    gpus: float = 0,
+) -> Iterator[Any]:
+    """`function` of each part, in order, on as many CPUs as the cluster has; with progress on a terminal.
+
+    A part whose worker or node dies is done again elsewhere, so `function` must be one that can be.
+
+    Args:
+        near: on this process's own node, where it gives the cluster CPUs: the parts are on its disk.
+        gpus: of each worker.
+    """
     bar = tqdm(total=len(parts), desc=what, disable=None, unit="part")
-    if cluster.workers == 0:
+    if cluster.most == 0:
         for part in parts:
             yield function(part)
             bar.update()
@@ -228,8 +319,13 @@ def map_parts(function: Callable[[Any], Any], parts: Sequence[Any], cluster: Clu
         return
     import ray
     from ray.exceptions import RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task: Any = ray.remote(_on_worker).options(num_cpus=1, max_retries=cluster.max_failures)
+    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "max_retries": cluster.max_failures}
+    here = ray.get_runtime_context().get_node_id()
+    if near and any(n["NodeID"] == here and n["Resources"].get("CPU", 0) >= 1 for n in ray.nodes()):
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
+    task: Any = ray.remote(_on_worker).options(**options)
     ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # no more results in memory than this
     waiting = [task.remote(function, 1, part) for part in parts[:ahead]]
     for i in range(len(parts)):
@@ -244,62 +340,31 @@ def map_parts(function: Callable[[Any], Any], parts: Sequence[Any], cluster: Clu
     bar.close()
 
 
+def keep_parts(
+    function: Callable[[Any], Mapping[str, np.ndarray]],
+    parts: Sequence[Any],
+    cluster: Cluster,
+    folder: Path,
+    *,
+    what: str,
+    gpus: float = 0,
+) -> list[Path]:
+    """`map_parts` into one npz file a part; parts whose files are there from an attempt before are not done again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{i}.npz" for i in range(len(parts))]
+    missing = [(file, part) for file, part in zip(files, parts, strict=True) if not file.exists()]
+    found = map_parts(function, [part for _, part in missing], cluster, what=what, gpus=gpus)
+    for (file, _), arrays in zip(missing, found, strict=True):
+        aside = file.with_suffix(".partial")
+        with open(aside, "wb") as sink:
+            np.savez(sink, **arrays)
+        os.replace(aside, file)
+    return files
+
+
 def _on_worker(function: Callable[..., Any], threads: int, *args: Any) -> Any:
     torch.set_num_threads(threads)
     return function(*args)
-
-
-class Progress:
-    """A bar in this process for a job that writes its history to a file that this process sees."""
-
-    def __init__(self, history: Path, total: int, what: str) -> None:
-        self.history, self.total, self.what = history, total, what
-
-    def __enter__(self) -> Progress:
-        import threading
-
-        self.bar = tqdm(total=self.total, desc=self.what, disable=None, unit="round")
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        if not self.bar.disable:
-            self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        if self.thread.is_alive():
-            self.thread.join()
-        self.bar.close()
-
-    def _watch(self) -> None:
-        from dgm_core.training import history
-
-        while not self.done.wait(1.0):
-            rows = history.read(self.history)
-            if rows:
-                row = rows[-1]
-                self.bar.update(int(row["step"]) - self.bar.n)
-                self.bar.set_postfix({k.split("/", 1)[1]: f"{v:.4g}" for k, v in row.items() if k.endswith("/loss")})
-
-
-def wait_for_lock(path: Path, seconds: float) -> Any:
-    """Hold an exclusive lock on a file for as long as the returned object lives; the kernel frees a dead holder's."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")  # noqa: SIM115  (the caller holds it open)
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.close()
-                raise Usage(
-                    f"another process is at work in {path.parent}; wait for it, or stop it (the lock frees itself)"
-                ) from None
-            time.sleep(0.2)
 
 
 def device() -> torch.device:

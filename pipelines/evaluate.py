@@ -14,9 +14,13 @@ import os
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import partial
+from contextlib import ExitStack
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
 
 from dgm_core import runs
 from dgm_core.contract import HasCodes
@@ -24,29 +28,74 @@ from dgm_core.data.batches import one_pass
 from dgm_core.data.display import display_of
 from dgm_core.data.shards import open_dataset
 from dgm_core.evaluation.evaluate import evaluate
+from dgm_core.evaluation.examples import quiet, take
 from dgm_core.evaluation.judge import Judge
 from dgm_core.evaluation.record import EvaluationConfig
-from pipelines.cluster import call, connected, device
+from dgm_core.evaluation.sampling import Drawn, draw_part, goes_by_labels
+from pipelines import state
+from pipelines.cluster import call, connected, device, keep_parts
 from pipelines.params import Params, Usage, load_params, run_main
+from pipelines.place import Place
 from pipelines.serving import log_model
 from pipelines.tracking import Tracker
 
 
-def score(model: str, data: str, judge: str, out: str, options: EvaluationConfig, seed: int) -> dict[str, float]:
-    """On a worker: evaluate one finished run into `out`; its flat numbers."""
-    dataset = open_dataset(data)
-    split = {name: partial(one_pass, dataset.split(name), 256) for name in ("train", "val", "test")}
-    own_judge = Judge.load(Path(judge)) if dataset.spec.kind != "codes" else None
-    with runs.replaced_folder(Path(out)) as folder:
+class Refs(NamedTuple):
+    """What a worker needs, as `Place` sends it."""
+
+    place: Place
+    model: str
+    data: str
+    judge: str
+    weights: str
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: Path, weights: str) -> Any:
+    """A worker's process does many parts; `weights` says what is loaded."""
+    return runs.load(folder, device())
+
+
+def sample(part: tuple[int, int], *, refs: Refs, options: EvaluationConfig, seed: int) -> dict[str, np.ndarray]:
+    """On a worker: samples number start … stop − 1 as `x`, their labels as `y` where the model goes by them."""
+    start, stop = part
+    with refs.place.opened(refs.model) as folder, refs.place.opened(refs.data) as data:
+        model, dataset = _loaded(folder, refs.weights), open_dataset(data)
+        split = dataset.split("val" if options.split == "val" else "test")
+        examples = take(one_pass(split, 256), options.examples)
+        with quiet(model, seed):
+            by_labels = goes_by_labels(model, examples, options.sampling, seed)
+        with quiet(model, seed + 1_000_003 * (1 + start)):
+            drawn = draw_part(model, start, stop, examples, options.sampling, by_labels=by_labels)
+    labels = {} if drawn.y is None else {"y": drawn.y.numpy()}
+    return {"x": drawn.x.numpy(), "seconds": np.asarray(drawn.seconds), **labels}
+
+
+def _joined(folder: Path) -> Drawn:
+    files = sorted(folder.glob("*.npz"), key=lambda f: int(f.stem))
+    parts = [dict(np.load(file)) for file in files]
+    y = torch.from_numpy(np.concatenate([p["y"] for p in parts])) if "y" in parts[0] else None
+    x = torch.from_numpy(np.concatenate([p["x"] for p in parts]))
+    return Drawn(x, y, float(sum(p["seconds"] for p in parts)))
+
+
+def score(refs: Refs, samples: str, out: str, options: EvaluationConfig, seed: int) -> tuple[dict[str, float], str]:
+    """On a worker: evaluate one finished run into `out`; its flat numbers, and where they were put."""
+    place = refs.place
+    with ExitStack() as held, place.output(out) as made:
+        folder, drawn = (held.enter_context(place.opened(ref)) for ref in (refs.model, samples))
+        dataset = open_dataset(held.enter_context(place.opened(refs.data)))
+        split = {name: partial(one_pass, dataset.split(name), 256) for name in ("train", "val", "test")}
+        judge = Judge.load(held.enter_context(place.opened(refs.judge))) if dataset.spec.kind != "codes" else None
         found = evaluate(
-            runs.load(model, device()),
-            spec=dataset.spec, info=dataset.info, judge=own_judge,
+            _loaded(folder, refs.weights),
+            spec=dataset.spec, info=dataset.info, judge=judge,
             train=split["train"], val=split["val"], test=split["test"],
-            options=options, out=folder, seed=seed, ema=has_average(Path(model)),
-            display=display_of(dataset.info),
+            options=options, out=made.folder, seed=seed, ema=has_average(folder),
+            display=display_of(dataset.info), drawn=_joined(drawn),
         )  # fmt: skip
-        _figures_apart(folder)
-    return found.flat()
+        _figures_apart(made.folder)
+    return found.flat(), made.ref
 
 
 def has_average(run: Path) -> bool:
@@ -77,27 +126,52 @@ def main(argv: Sequence[str]) -> int:
     else:
         entry = params.run(given.run)
         seeds, judge = list(range(entry.seed, entry.seed + entry.seeds)), entry.judge
-    tracker = Tracker(params.tracking, given.run, Path(params.cluster.storage).resolve())
-    with tracker.running(tracker.remembered(), stage="evaluate"):
+    data, weights = Path("data", entry.data), Path("models", given.run)
+    key = state.fingerprint(
+        run=[state.file_checksum(f) for f in sorted(weights.rglob("weights.safetensors"))],
+        data=state.folder_checksum(data), judge=state.folder_checksum(Path("judges", judge)),
+        evaluate=params.evaluate.model_dump(), code=state.code_hash(None, "evaluation"), seed=entry.seed,
+    )  # fmt: skip
+    tracker = Tracker(params.tracking, given.run, params.cluster.local)
+    with (
+        state.in_progress(params.cluster, f"evaluate-{given.run}", key) as folder,
+        tracker.running(tracker.remembered(), stage="evaluate"),
+    ):
         with connected(params.cluster):
-            results = []
-            for i, seed in enumerate(seeds):
-                model = Path("models", given.run, *([] if i == 0 else ["seeds", str(seed)]))
-                out = Path("evaluations", given.run) if i == 0 else Path("evaluations", given.run + f".seed{seed}")
-                job = partial(
-                    score, str(model.resolve()), str(Path("data", entry.data).resolve()),
-                    str(Path("judges", judge).resolve()), str(out.resolve()), params.evaluate, entry.seed,
-                )  # fmt: skip
-                results.append(call(job, cluster=params.cluster))
-                if i > 0:
-                    shutil.rmtree(out)
-        metrics = over_seeds(results)
+            numbers = [_one_seed(given.run, i, seed, data, judge, params, folder) for i, seed in enumerate(seeds)]
+        metrics = over_seeds(numbers)
         Path("metrics").mkdir(exist_ok=True)
         runs.write_json(Path("metrics", f"{given.run}.json"), metrics)
+        with runs.replaced_folder(Path("evaluations", given.run)) as out:
+            shutil.copytree(folder / "seed0" / "out", out, dirs_exist_ok=True)
         tracker.log_results(metrics, Path("evaluations", given.run))
         if two_stage and params.tracking.log_model:
             log_model(tracker, Path("models", given.run))
     return 0
+
+
+def _one_seed(
+    name: str, number: int, seed: int, data: Path, judge: str, params: Params, folder: Path
+) -> dict[str, float]:
+    """One seed's numbers; what an attempt before has finished of it (samples, the whole) is not done again."""
+    own, options = folder / f"seed{number}", params.evaluate
+    if (own / "numbers.json").exists():
+        return runs.read_json(own / "numbers.json")
+    place, model = Place.of(params.cluster), Path("models", name, *(["seeds", str(seed)] if number else []))
+    scored = open_dataset(data).spec.kind != "codes"
+    sent = place.send(Path("judges", judge)) if scored else ""
+    refs = Refs(place, place.send(model), place.send(data), sent, folder.name)
+    n, size = options.samples, options.batch_size
+    keep_parts(
+        partial(sample, refs=refs, options=options, seed=seed),
+        [(start, min(start + size, n)) for start in range(0, n, size)],
+        params.cluster, own / "samples", what=f"{name}: samples", gpus=params.cluster.gpus_per_worker,
+    )  # fmt: skip
+    out = own / "out"
+    numbers, ref = call(score, refs, place.send(own / "samples"), str(out), options, seed, cluster=params.cluster)
+    place.bring(ref, out)
+    runs.write_json(own / "numbers.json", numbers)
+    return numbers
 
 
 def over_seeds(results: Sequence[Mapping[str, float]]) -> dict[str, Any]:

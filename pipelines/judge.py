@@ -12,27 +12,27 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from dgm_core import runs
 from dgm_core.data.batches import one_pass
 from dgm_core.data.shards import open_dataset
 from dgm_core.evaluation.judge import fit_judge
 from pipelines.cluster import call, connected, device
 from pipelines.params import JudgeConfig, Usage, load_params, run_main
+from pipelines.place import Place
 
 
-def fit(data: str, out: str, settings: JudgeConfig) -> float | None:
-    """On a worker: train on the training split, measure on the test split, save."""
-    dataset = open_dataset(data)
-    judge = fit_judge(
-        dataset.spec,
-        partial(one_pass, dataset.split("train"), 512),
-        held_out=partial(one_pass, dataset.split("test"), 512),
-        device=device(),
-        **settings.model_dump(),
-    )
-    with runs.replaced_folder(Path(out)) as folder:
-        judge.save(folder)
-    return judge.accuracy
+def fit(place: Place, data: str, out: str, settings: JudgeConfig) -> str:
+    """On a worker: train on the training split, measure on the test split, save; where it was put."""
+    with place.opened(data) as folder, place.output(out) as made:
+        dataset = open_dataset(folder)
+        judge = fit_judge(
+            dataset.spec,
+            partial(one_pass, dataset.split("train"), 512),
+            held_out=partial(one_pass, dataset.split("test"), 512),
+            device=device(),
+            **settings.model_dump(),
+        )
+        judge.save(made.folder)
+    return made.ref
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,9 +42,10 @@ def main(argv: Sequence[str]) -> int:
     params = load_params()
     if given.dataset not in params.datasets:
         raise Usage(f"datasets: {given.dataset!r} is not there; known: {', '.join(params.datasets)}")
-    data, out = Path("data", given.dataset).resolve(), Path("judges", given.dataset).resolve()
+    place, out = Place.of(params.cluster), Path("judges", given.dataset).resolve()
     with connected(params.cluster):
-        call(fit, str(data), str(out), params.judge, cluster=params.cluster)
+        data = place.send(Path("data", given.dataset))
+        place.bring(call(fit, place, data, str(out), params.judge, cluster=params.cluster), out)
     return 0
 
 

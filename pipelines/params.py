@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from dgm_core.runs import RunError, find_model
 from dgm_core.training.checkpoint import CheckpointError
 from dgm_core.training.history import NonFiniteLoss
 from dgm_core.training.trainer import Schedule
+from pipelines.storage import StorageError, check_uri
 
 EMBEDDED = "dgm_core/data/sources"  # where data that comes with the code comes from: DVC needs a path to watch
 
@@ -40,6 +42,10 @@ class Usage(SystemExit):
 
 class JobFailed(RuntimeError):
     """A job ended with an error that no restart mends; the message is the worker's own."""
+
+
+class Interrupted(RuntimeError):
+    """A job was asked to stop; it has checkpointed and goes on when it is started again."""
 
 
 class Run(Strict):
@@ -83,24 +89,57 @@ class Encode(Strict):
 class Cluster(Strict):
     """Where jobs run. Not tracked by DVC: moving to a cluster reruns nothing."""
 
-    workers: int = Field(default=1, ge=0, description="0: in this process, without Ray")
+    workers: int | tuple[int, int] = Field(
+        default=1, description="0: in this process, without Ray; [least, most]: as many as there is room for"
+    )
     cpus_per_worker: int | None = Field(default=None, ge=1, description="None: the cluster's CPUs shared out")
     gpus_per_worker: float = Field(default=0, ge=0)
     max_failures: int = Field(default=3, ge=0, description="restarts of a job from its last checkpoint")
     start_timeout_s: float = Field(default=60, gt=0)
-    storage: str = Field(default=".dgm", description="a path that every node sees: state of running jobs")
+    resize_seconds: float = Field(default=60, gt=0, description="how often a job of [least, most] looks for room")
+    ship_code: bool = Field(default=False, description="send this project's code with every job: it is in no image")
+    storage: str = Field(default=".dgm", description="relative: on this machine; else a path all see, or s3://…")
+    storage_patience_s: float = Field(default=300, gt=0, description="how long a failing store is tried again")
+    cache: str = Field(default="", description="each node's own folder for copies of data; '': under its /tmp")
+    cache_gib: float = Field(default=50, gt=0, description="the least recently used copies beyond this are removed")
     report_seconds: float = Field(default=10, gt=0, description="least time between reports of a job's metrics")
     log_every: int = Field(default=50, ge=1)
     checkpoint_every: int | None = Field(default=None, ge=1)
     checkpoint_seconds: float | None = Field(default=120, gt=0)
     keep_state_days: float = Field(default=14, gt=0, description="abandoned state older than this is swept")
 
+    @field_validator("workers")
+    @classmethod
+    def _is_a_number_or_a_range(cls, given: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(given, int):
+            if given < 0:
+                raise ValueError(f"{given} workers are not accepted: 0 (this process), 1, 2, …, or [least, most]")
+        elif not 1 <= given[0] <= given[1]:
+            raise ValueError(f"[{given[0]}, {given[1]}] is not accepted: give [least, most] with 1 <= least <= most")
+        return given
+
     @field_validator("storage")
     @classmethod
-    def _is_a_path(cls, given: str) -> str:
-        if "://" in given and not given.startswith("file://"):
-            raise ValueError(f"storage {given!r} is not accepted: give a path that every node sees")
-        return given.removeprefix("file://")
+    def _is_a_place(cls, given: str) -> str:
+        return check_uri(given)
+
+    @property
+    def least(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def shared(self) -> bool:
+        """Whether the storage is one that other machines see too."""
+        return "://" in self.storage or Path(self.storage).is_absolute()
+
+    @property
+    def local(self) -> Path:
+        """This machine's folder for locks, and for the state of jobs where the storage is not shared."""
+        return Path(".dgm" if self.shared else self.storage).resolve()
 
     @property
     def schedule(self) -> Schedule:
@@ -115,6 +154,7 @@ class Tracking(Strict):
     artifacts: str = "mlartifacts"
     log_model: bool = True
     system_metrics: bool = True
+    flush_seconds: float = Field(default=20, ge=0, description="a finished stage waits so long for a dead server")
 
 
 class JudgeConfig(Strict):
@@ -132,6 +172,62 @@ def parse_source(given: Mapping[str, Any]) -> Source:
     return sources.parse({**given, "path": "" if given.get("path") == EMBEDDED else given.get("path", "")})
 
 
+class Distribution(Strict):
+    """Where a key's values come from, by Ray Tune's name for it; exactly one is given."""
+
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+    quniform: tuple[float, float, float] | None = Field(default=None, description="low, high, step")
+    randint: tuple[int, int] | None = Field(default=None, description="low, and high, which is left out")
+    choice: tuple[Any, ...] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if len(self.model_fields_set) != 1 or None in (getattr(self, name) for name in self.model_fields_set):
+            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}")
+        name, given = self.given
+        if name != "choice" and not given[0] < given[1]:
+            raise ValueError(f"{name}: [{given[0]}, {given[1]}] is empty: give low < high")
+        if name == "loguniform" and given[0] <= 0:
+            raise ValueError(f"loguniform starts above 0; {given[0]} was given")
+        if name == "quniform" and given[2] <= 0:
+            raise ValueError(f"quniform's step is above 0; {given[2]} was given")
+        return self
+
+    @property
+    def given(self) -> tuple[str, tuple[Any, ...]]:
+        """The name and its arguments."""
+        (name,) = self.model_fields_set
+        return name, getattr(self, name)
+
+
+class Search(Strict):
+    """One entry of `tune:`: a search for better settings of the run of this name."""
+
+    family: str = Field(description="the run's; DVC cannot look it up there")
+    data: str = Field(description="the run's")
+    judge: str = Field(description="the run's")
+    space: dict[str, Distribution] = Field(min_length=1, description="config.… or recipe.… -> where values come from")
+    trials: int = Field(default=8, ge=2, description="the first of them is the default configuration")
+    search: Literal["random", "optuna"] = "random"
+    scheduler: Literal["asha", "none", "pbt"] = "asha"
+    monitor: tuple[str, Literal["min", "max"]] | None = Field(default=None, description="None: the recipe's")
+    steps: int | None = Field(default=None, gt=0, description="rounds of a whole trial; None: the run's")
+    grace: int | None = Field(default=None, gt=0, description="rounds before the first decision; None: steps / 9")
+    reduction: float = Field(default=3.0, gt=1, description="of the trials that meet at a rung, one in so many goes on")
+    seed: int = Field(0, ge=0)
+    minutes: float | None = Field(default=None, gt=0, description="of wall clock, after which trials are stopped")
+
+    @model_validator(mode="after")
+    def _keys_are_of_a_run(self) -> Self:
+        for key in self.space:
+            if key.split(".")[0] not in ("config", "recipe") or key.count(".") == 0:
+                raise ValueError(f"space.{key}: a key starts with config. or recipe., as in recipe.batch_size")
+        if self.scheduler == "pbt" and self.search == "optuna":
+            raise ValueError("search: optuna proposes trials, scheduler: pbt changes them as they run: choose one")
+        return self
+
+
 class Params(Strict):
     """The whole file."""
 
@@ -139,6 +235,7 @@ class Params(Strict):
     runs: dict[str, Run]
     encode: dict[str, Encode] = Field(default_factory=dict)
     two_stage: dict[str, TwoStageRun] = Field(default_factory=dict)
+    tune: dict[str, Search] = Field(default_factory=dict)
     judge: JudgeConfig = JudgeConfig()
     evaluate: EvaluationConfig = EvaluationConfig()
     cluster: Cluster = Cluster()
@@ -171,6 +268,12 @@ class Params(Strict):
             _known(two.data, self.datasets, f"two_stage.{name}.data", "a data set")
             for level, prior in two.priors.items():
                 _known(prior, self.runs, f"two_stage.{name}.priors.{level}", "a run")
+        for name, search in self.tune.items():
+            _known(name, self.runs, f"tune.{name}", "a run")
+            for key in ("family", "data", "judge"):
+                given, own = getattr(search, key), getattr(self.runs[name], key)
+                if given != own:
+                    raise ValueError(f"tune.{name}.{key} is {given!r}, but the run's is {own!r}")
         return self
 
     def _check_data(self, data: str, where: str) -> None:
@@ -210,6 +313,8 @@ def _plain(error: ValidationError) -> str:
 def load_params(path: Path = Path("params.yaml"), overrides: Sequence[str] = ()) -> Params:
     """Read and validate the file, with `a.b.c=value` overrides merged in first (values are YAML).
 
+    `DGM_CLUSTER` names a YAML file whose keys override those of `cluster:`: where jobs run differs between machines.
+
     Raises:
         Usage: the file is missing, is not YAML, or says something that is not accepted.
     """
@@ -221,10 +326,22 @@ def load_params(path: Path = Path("params.yaml"), overrides: Sequence[str] = ())
         raise Usage(f"{path} is not YAML: {error}") from None
     for override in overrides:
         given = merge(given, _as_tree(override))
+    if overlay := os.environ.get("DGM_CLUSTER"):
+        given = merge(given, {"cluster": _overlay(Path(overlay))})
     try:
         return Params.model_validate(given)
     except ValidationError as error:
         raise Usage(f"{path}: {_plain(error)}") from None
+
+
+def _overlay(path: Path) -> Mapping[str, Any]:
+    try:
+        given = yaml_load(path.read_text())
+    except (OSError, YAMLError) as error:
+        raise Usage(f"DGM_CLUSTER={path}: {error}") from None
+    if not isinstance(given, Mapping):
+        raise Usage(f"DGM_CLUSTER={path} is not accepted: it must hold keys of `cluster:`")
+    return given
 
 
 def _as_tree(override: str) -> dict[str, Any]:
@@ -277,9 +394,12 @@ def run_main(main: Any) -> NoReturn:
     except (Usage, DataMismatch, RecipeError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-    except (JobFailed, NonFiniteLoss, CheckpointError) as error:
+    except (JobFailed, NonFiniteLoss, CheckpointError, StorageError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+    except Interrupted as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _terminate(*_: object) -> NoReturn:

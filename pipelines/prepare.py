@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _mapper(params: Params) -> Map:
     def spread(decode: Callable[[Any], Any], parts: Iterable[Any], /) -> Iterable[Any]:
-        return map_parts(decode, list(parts), params.cluster, what="decoding")
+        return map_parts(decode, list(parts), params.cluster, what="decoding", near=params.cluster.shared)
 
     return spread
 

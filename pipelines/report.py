@@ -256,7 +256,7 @@ def facts_of(params: Params, root: Path) -> list[RunFacts]:
 
 
 def _mlflow(params: Params, root: Path, name: str) -> dict[str, str]:
-    remembered = _read_json(root / params.cluster.storage / "tracking" / f"{name}.json")
+    remembered = _read_json(root / params.cluster.local / "tracking" / f"{name}.json")
     return {"mlflow_id": remembered["run_id"], "mlflow_url": remembered["url"]} if remembered else {}
 
 

@@ -1,10 +1,13 @@
 """`make repro`: one Ray head on loopback for all stages, `dvc repro`, and where to look afterwards.
 
-A cluster that `RAY_ADDRESS` names is used as it is. Arguments go to `dvc repro`.
+A cluster that `RAY_ADDRESS` names is used as it is. `--jobs N` (`make repro JOBS=N`) runs stages that do not wait for
+each other side by side. Other arguments go to `dvc repro`.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -16,7 +19,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from pipelines.params import Usage, load_params, run_main
+from pipelines.side_by_side import side_by_side
 
 BIN = Path(sys.executable).parent
 
@@ -74,22 +80,54 @@ def _end(head: subprocess.Popen[bytes]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipelines.repro", description="dvc repro with one Ray head.")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="stages at once, where they do not wait")
+    given, rest = parser.parse_known_args(argv)
     params = load_params()  # what is wrong with params.yaml is said before anything starts
+    if given.jobs < 1:
+        raise Usage(f"JOBS={given.jobs} is not accepted: at least 1")
     if not Path(".dvc").exists():
         raise Usage("this is no DVC project: run in a clone of the repository")
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    dvc = shutil.which("dvc", path=environment["PATH"]) or "dvc"
-    command = [dvc, "repro", *argv]
     started = time.monotonic()
-    if os.environ.get("RAY_ADDRESS") or params.cluster.workers == 0:
-        code = subprocess.run(command, env=environment, check=False).returncode
-    else:
-        with ray_head() as address:
-            environment |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")}
-            code = subprocess.run(command, env=environment, check=False).returncode
+    with children_stop_first():
+        if os.environ.get("RAY_ADDRESS") or params.cluster.most == 0:
+            code = _repro(given.jobs, rest, environment)
+        else:
+            with ray_head() as address:
+                environment |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")}
+                code = _repro(given.jobs, rest, environment)
     if code == 0:
         _say_where_to_look(time.monotonic() - started)
     return code
+
+
+def _repro(jobs: int, arguments: Sequence[str], environment: dict[str, str]) -> int:
+    dvc = shutil.which("dvc", path=environment["PATH"]) or "dvc"
+    if jobs > 1:
+        return side_by_side(dvc, jobs, arguments, environment)
+    return subprocess.run([dvc, "repro", *arguments], env=environment, check=False).returncode
+
+
+@contextmanager
+def children_stop_first() -> Iterator[None]:
+    """SIGTERM goes to the stages below DVC, which checkpoint and end; then DVC ends, and so do we. Ctrl-C reaches them
+    from the terminal, and we wait for them as well."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    def hand_on(*_: object) -> None:
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any(word.startswith("pipelines.") for word in child.cmdline()):
+                    child.terminate()
+
+    signal.signal(signal.SIGTERM, hand_on)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
 
 
 def _say_where_to_look(seconds: float) -> None:

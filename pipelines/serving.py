@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import dgm_core
 from dgm_core.runs import load
@@ -17,9 +15,9 @@ _NEEDS = ("torch", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "mlf
 _TYPES = {bool: "boolean", int: "long", float: "double", str: "string"}
 
 
-def log_model(tracker: Tracker, run: Path) -> str:
-    """Log the folder of a finished run under the tracker's MLflow run; returns the model's id."""
-    import mlflow
+def log_model(tracker: Tracker, run: Path) -> None:
+    """Log the folder of a finished run under the tracker's MLflow run."""
+    import mlflow.pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -32,16 +30,15 @@ def log_model(tracker: Tracker, run: Path) -> str:
     )
     for name in ("mlflow.pyfunc", "mlflow.models", "mlflow.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    logged: Any = None
-    with mlflow.start_run(run_id=tracker.run_id), warnings.catch_warnings():
+    folder = tracker.model_folder()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about schemas to infer: the signature says it all
-        logged = mlflow.pyfunc.log_model(
-            name="model",
+        mlflow.pyfunc.save_model(
+            str(folder),
             python_model=str(Path(__file__).with_name("sampler.py")),
             artifacts={"run": str(run.resolve())},
             code_paths=[str(Path(dgm_core.__file__).parent)],
             signature=signature,
             pip_requirements=[f"{name}=={version(name)}" for name in _NEEDS],
         )
-    return logged.model_id
+    tracker.log_model(folder)

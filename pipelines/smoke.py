@@ -31,6 +31,7 @@ def shrink(params: dict[str, Any]) -> dict[str, Any]:
     params["runs"] = {
         name: {**params["runs"][name], "preset": "tiny", "config": {}, "recipe": {"steps": 40}} for name in RUNS
     }
+    params["tune"] = {}
     params["judge"] = {"steps": 60}
     params["evaluate"] = {"samples": 64, "examples": 64, "importance_samples": 0, "tiles": 4}
     params["tracking"] = {"log_model": False, "system_metrics": False}

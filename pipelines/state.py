@@ -14,22 +14,22 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import dgm_core
-from pipelines.cluster import wait_for_lock
-from pipelines.params import Cluster
+from pipelines.params import Cluster, Usage
+from pipelines.storage import Storage
 
 _CORE = Path(dgm_core.__file__).parent
 _SHARED = ["contract.py", "config.py", "distributed.py", "shapes.py"]
 _SHARED += ["bijections", "data", "distributions", "nn", "objectives", "training"]
 
 
-def code_hash(family: str) -> str:
-    """Of every line of the library that a run of this family depends on."""
+def code_hash(family: str | None, *parts: str) -> str:
+    """Of every line of the library that a result depends on: the shared floors, a family of models, other folders."""
     digest = hashlib.sha256()
-    for part in [*_SHARED, f"models/{family}"]:
-        path = _CORE / part
+    for name in [*_SHARED, *([f"models/{family}"] if family else []), *parts]:
+        path = _CORE / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.relative_to(_CORE).as_posix().encode())
             digest.update(file.read_bytes())
@@ -50,20 +50,50 @@ def folder_checksum(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def file_checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def in_progress(cluster: Cluster, stage: str, key: str) -> Iterator[Path]:
-    """The state folder of this stage with this key, locked; deleted once the block has put the outs in place."""
-    root = (Path(cluster.storage) / "state").resolve()
-    root.mkdir(parents=True, exist_ok=True)
-    sweep(root, cluster.keep_state_days)
-    folder = root / f"{stage}-{key}"
-    folder.mkdir(exist_ok=True)
-    lock = wait_for_lock(folder / "lock", seconds=60)
+    """This machine's folder for this stage with this key, locked; deleted once the block has put the outs in place.
+
+    With shared storage the job's own state is there, under `state/<stage>-<key>/`, and goes the same way.
+    """
+    root = cluster.local / "state"
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        sweep(root, cluster.keep_state_days)
+        folder = root / f"{stage}-{key}"
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise Usage(f"{root} cannot be written ({error.strerror}); give cluster.storage another place") from None
+    with wait_for_lock(folder / "lock", seconds=60):
         yield folder
+        if cluster.shared and cluster.most > 0:
+            storage = Storage(cluster.storage, cluster.storage_patience_s)
+            storage.delete(f"state/{folder.name}")
+            storage.sweep(cluster.keep_state_days)
         shutil.rmtree(folder)
-    finally:
-        lock.close()
+
+
+def wait_for_lock(path: Path, seconds: float) -> IO[str]:
+    """Hold an exclusive lock on a file until the returned file is closed; the kernel frees a dead holder's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")  # noqa: SIM115  (the caller holds it open)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise Usage(
+                    f"another process is at work in {path.parent}; wait for it, or stop it (the lock frees itself)"
+                ) from None
+            time.sleep(0.2)
 
 
 def sweep(root: Path, days: float) -> None:

@@ -8,14 +8,13 @@ Outs: `models/<run>/` (the finished run; further seeds under `seeds/`) and `plot
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import json
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,13 @@ from dgm_core.training import checkpoint, history
 from dgm_core.training.optimisers import build_players
 from dgm_core.training.trainer import Schedule, Trainer
 from pipelines import state
-from pipelines.cluster import Progress, Worker, connected, run_job, wait_for_lock
-from pipelines.params import Params, Run, load_params, resolve, run_main
+from pipelines.cluster import Worker, connected, run_job
+from pipelines.mirror import Mirror, bring
+from pipelines.params import Interrupted, JobFailed, Params, Run, load_params, resolve, run_main
+from pipelines.place import Place
+from pipelines.progress import Progress
 from pipelines.serving import log_model
+from pipelines.state import wait_for_lock
 from pipelines.tracking import Tracker
 
 
@@ -65,11 +68,19 @@ class Reporter:
         self.rows: list[str] = []
         self.images: dict[int, bytes] = {}
         self.reported_at = time.monotonic()
+        self.notice = self.warned = False
 
     def row(self, step: int, numbers: Mapping[str, float]) -> None:
         self.rows.append(json.dumps({"step": step, **numbers}))
         if distributed.any_true(time.monotonic() - self.reported_at > self.seconds, self.worker.device):
             self.flush()
+            self.notice = self.worker.preempted() and not self.warned
+            self.warned = self.warned or self.notice
+
+    def preempted(self) -> bool:
+        """Once, after a notice that a node will be taken away."""
+        notice, self.notice = self.notice, False
+        return notice
 
     def flush(self) -> None:
         self.worker.report({"rows": self.rows, "images": self.images})
@@ -78,15 +89,39 @@ class Reporter:
 
 def job(config: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     """What every worker runs: build, train or go on, and leave the finished run in `folder/result`."""
-    folder = Path(config["folder"])
-    lock = wait_for_lock(folder / "worker.lock", 60) if distributed.rank() == 0 else None
-    dataset = open_dataset(config["data"])
-    model_class = CATALOG[config["model"]]
+    place: Place = config["place"]
+    with ExitStack() as held:
+        dataset = open_dataset(held.enter_context(place.opened(config["data"])))
+        model_class = CATALOG[config["model"]]
+        torch.manual_seed(config["seed"])  # the same start on every rank
+        model = model_class(model_class.Config.model_validate(config["config"]), dataset.spec)
+        if config["init_from"]:
+            start = runs.load(held.enter_context(place.opened(config["init_from"])))
+            checkpoint.load_model_state(model, checkpoint.model_state(start))
+        mirror = place.mirror(config["folder"])
+        folder = Path(config["folder"]) if mirror is None else mirror.folder
+        if distributed.rank() == 0:
+            held.enter_context(wait_for_lock(folder / "worker.lock", 60))
+        if mirror is not None:
+            mirror.pull()
+        outcome = _fit(config, worker, model, dataset, folder, mirror)
+        if mirror is not None:
+            if distributed.rank() == 0:
+                mirror.deliver(folder / "result")
+            distributed.barrier()
+            shutil.rmtree(folder, ignore_errors=True)  # this node's copy has served
+    return outcome
+
+
+def _fit(
+    config: Mapping[str, Any],
+    worker: Worker,
+    model: GenerativeModel,
+    dataset: Dataset,
+    folder: Path,
+    mirror: Mirror | None,
+) -> dict[str, Any]:
     recipe = Recipe.model_validate(config["recipe"])
-    torch.manual_seed(config["seed"])  # the same start on every rank
-    model = model_class(model_class.Config.model_validate(config["config"]), dataset.spec)
-    if config["init_from"]:
-        checkpoint.load_model_state(model, checkpoint.model_state(runs.load(config["init_from"])))
     reporter = Reporter(worker, config["report_seconds"])
     for row in history.read(folder / "history.jsonl"):  # a kill may have come before they were reported
         reporter.rows.append(json.dumps(row))
@@ -95,7 +130,6 @@ def job(config: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
         reporter.images[trainer.step] = sample_grid(averaged, dataset)
         return validate(averaged, one_pass(dataset.split("val"), 250), dataset.spec, dataset.info)
 
-    stop = Signalled()
     first = config["overfit_batches"] * recipe.batch_size_at(0.0) if config["overfit_batches"] else None
     trainer = Trainer(
         model,
@@ -107,18 +141,38 @@ def job(config: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
         schedule=Schedule(**config["schedule"]),
         evaluate=evaluate if config["validate"] else None,
         on_log=reporter.row,
-        stop=stop,
+        on_save=mirror.push if mirror is not None else _kept_where_it_is,
+        hurry=reporter.preempted,
+        stop=Asked(worker),
     )
     if config["init_from"]:  # k-means, data-dependent starts and closed forms would undo the weights
         trainer.entered = [turn.name for turn in trainer.turns]
     outcome = trainer.fit()
     reporter.flush()
     if outcome.stopped == "interrupted":
-        raise Interrupted("stopped when asked to; run it again to go on from the checkpoint")
+        if mirror is not None and distributed.rank() == 0:
+            mirror.settle()
+        raise Interrupted(f"stopped after round {outcome.step}, as asked; start the stage again to go on from there")
     _export(trainer, model, config, folder, dataset)
-    if lock is not None:
-        lock.close()
     return {"step": outcome.step, "stopped": outcome.stopped}
+
+
+def _kept_where_it_is(_: Path) -> None:
+    """The job's folder is on a disk that the driver sees."""
+
+
+class Asked:
+    """Whether the stage was asked to stop; looks at most once in `seconds`, and on rank 0 only."""
+
+    def __init__(self, worker: Worker, seconds: float = 1.0) -> None:
+        self.worker, self.seconds = worker, seconds
+        self.looked_at, self.answer = 0.0, False
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if distributed.rank() == 0 and not self.answer and now - self.looked_at > self.seconds:
+            self.looked_at, self.answer = now, self.worker.asked_to_stop()
+        return self.answer
 
 
 def sample_grid(model: GenerativeModel, dataset: Dataset, n: int = 36) -> bytes:
@@ -160,25 +214,6 @@ def _export(
     distributed.barrier()
 
 
-class Interrupted(RuntimeError):
-    """Training checkpointed and stopped because it was asked to."""
-
-
-class Signalled:
-    """Whether SIGTERM came: the scheduler or a person wants this process gone, so checkpoint and go."""
-
-    def __init__(self) -> None:
-        self.came = False
-        with contextlib.suppress(ValueError):  # not the main thread: Ray's workers train in a thread of their own
-            signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, *_: object) -> None:
-        self.came = True
-
-    def __call__(self) -> bool:
-        return self.came
-
-
 def check(model_class: type[GenerativeModel], config: Any, recipe: Recipe, spec: DataSpec) -> int:
     """Build the model without memory, so that what is wrong with it is said before anything starts; its size."""
     with torch.device("meta"):
@@ -195,7 +230,7 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     params = load_params(overrides=[f"runs.{given.run}.{item}" for item in given.set])
     run = params.run(given.run)
-    data = Path("data") / run.data
+    data, place = Path("data") / run.data, Place.of(params.cluster)
     dataset = open_dataset(data)
     model_class, config, recipe = resolve(given.run, run, dataset.spec)
     size = check(model_class, config, recipe, dataset.spec)
@@ -208,9 +243,10 @@ def main(argv: Sequence[str]) -> int:
             "model": run.model,
             "config": config.model_dump(mode="json"),
             "recipe": recipe.model_dump(mode="json"),
-            "data": str(data.resolve()),
+            "place": place,
+            "data": place.send(data),
             "seed": seed,
-            "init_from": str(Path("models", run.init_from).resolve()) if run.init_from else None,
+            "init_from": place.send(Path("models", run.init_from)) if run.init_from else None,
             "report_seconds": params.cluster.report_seconds,
             "schedule": vars(params.cluster.schedule),
             "overfit_batches": given.overfit_batches,
@@ -226,10 +262,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(name: str, run: Run, params: Params, jobs: Sequence[dict[str, Any]], folder: Path, size: int) -> None:
-    tracker = Tracker(params.tracking, name, Path(params.cluster.storage).resolve())
-    remembered = state.read_json(folder / "mlflow.json").get("run_id")
-    with tracker.running(remembered, stage="train", model=run.model, data=run.data):
-        (folder / "mlflow.json").write_text(json.dumps({"run_id": tracker.run_id}))
+    tracker = Tracker(params.tracking, name, params.cluster.local)
+    with tracker.running(None, memo=folder / "mlflow.json", stage="train", model=run.model, data=run.data):
         tracker.log_config({"run": run.model_dump(), "config": jobs[0]["config"], "recipe": jobs[0]["recipe"],
                             "parameters": size, "workers": params.cluster.workers})  # fmt: skip
         with connected(params.cluster):
@@ -245,15 +279,19 @@ def _train(name: str, run: Run, params: Params, jobs: Sequence[dict[str, Any]], 
 
 
 def _one_seed(name: str, config: dict[str, Any], params: Params, tracker: Tracker, folder: Path) -> None:
-    own = _seed_folder(folder, config)
+    own, place = _seed_folder(folder, config), config["place"]
     own.mkdir(exist_ok=True)
     if (own / "result").exists():
         return
+    at = str(own) if place.storage is None else f"state/{folder.name}/{own.name}"
     first = config["seed"] == params.runs[name].seed
     writer = tracker.writer("" if first else f"seed{config['seed']}/")
     label = name if params.runs[name].seeds == 1 else f"{name} seed {config['seed']}"
     with Progress(own / "history.jsonl", config["recipe"]["steps"], label):
-        run_job(job, {**config, "folder": str(own)}, params.cluster, name=f"{folder.name}-{own.name}", on_report=writer)
+        if place.storage is None or not bring(place.storage, at, own):  # it may have ended without its driver
+            run_job(job, {**config, "folder": at}, params.cluster, name=f"{folder.name}-{own.name}", on_report=writer)
+    if place.storage is not None and not bring(place.storage, at, own):
+        raise JobFailed(f"the job ended, but {at} in {params.cluster.storage} holds no finished run")
 
 
 def _seed_folder(folder: Path, config: Mapping[str, Any]) -> Path:
@@ -261,12 +299,16 @@ def _seed_folder(folder: Path, config: Mapping[str, Any]) -> Path:
 
 
 def _overfit(name: str, params: Params, config: dict[str, Any], folder: Path) -> int:
-    """Train on few examples and say how the loss went: a model that cannot learn these by heart has a bug."""
+    """Train on few examples, in this process, and say how the loss went: a model that cannot learn these by heart has
+    a bug."""
     own = folder / "overfit"
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir()
-    with connected(params.cluster), Progress(own / "history.jsonl", config["recipe"]["steps"], name):
-        run_job(job, {**config, "folder": str(own)}, params.cluster, name=f"{folder.name}-overfit", on_report=_ignore)
+    here = params.cluster.model_copy(update={"workers": 0})
+    data = str(Path("data", params.runs[name].data).resolve())
+    with Progress(own / "history.jsonl", config["recipe"]["steps"], name):
+        settings = {**config, "place": Place(None), "data": data, "folder": str(own)}
+        run_job(job, settings, here, name=f"{folder.name}-overfit", on_report=_ignore)
     rows = history.read(own / "history.jsonl")
     for key in sorted(k for k in rows[0] if k.endswith("/loss")):
         sys.stdout.write(f"{key}: {rows[0][key]:.4g} → {rows[-1][key]:.4g} in {int(rows[-1]['step'])} rounds\n")

@@ -1,78 +1,94 @@
-"""What runs in Ray's controller process: the hook that hears reports, and the writer that logs them into MLflow.
+"""What runs in Ray's controller process: the hook that hears reports, and the writer that spools them for MLflow.
 
-It imports nothing heavy, so that a job does not wait for its controller to import torch.
+It imports nothing heavy, so that a job does not wait for its controller to import torch or MLflow.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import logging
-import math
-import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ray.train import UserCallback
+from ray.train import BackendConfig, UserCallback
+from ray.train.backend import Backend
 
-_ROUND = "round"  # logged with every row: the last one says what is logged already
+from pipelines.spool import Spool
+
+log = logging.getLogger(__name__)
 
 
 class Writer:
-    """Logs rows of history into one MLflow run; pickles, and connects when first used."""
+    """Appends rows of history and pictures to a run's spool; the driver, on the same machine, sends them to MLflow."""
 
-    def __init__(self, uri: str, run_id: str, prefix: str = "") -> None:
-        self.uri, self.run_id, self.prefix = uri, run_id, prefix
-        self._client: Any = None
-        self._lock = threading.Lock()
-        self._last = -1
+    def __init__(self, folder: str, prefix: str = "") -> None:
+        self.folder, self.prefix = folder, prefix
+        self._unwritten: list[Mapping[str, Any]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Writer, (self.uri, self.run_id, self.prefix)
-
-    def connect(self) -> Any:
-        """The client, made at first use, and what the run has been told already."""
-        with self._lock:
-            if self._client is None:
-                from mlflow.tracking import MlflowClient
-
-                client = MlflowClient(tracking_uri=self.uri)
-                logged = client.get_metric_history(self.run_id, self.prefix + _ROUND)
-                self._last = max((m.step for m in logged), default=-1)
-                self._client = client
-            return self._client
+        return Writer, (self.folder, self.prefix)
 
     def __call__(self, payload: Mapping[str, Any]) -> None:
-        """Log `rows` (JSON lines of history) and `images` ({step: PNG bytes})."""
-        from mlflow.entities import Metric
+        """Take `rows` (JSON lines of history) and `images` ({step: PNG bytes}); what a full disk refuses is kept."""
+        self._unwritten.append(payload)
+        while self._unwritten:
+            try:
+                self._append(self._unwritten[0])
+            except OSError as error:
+                log.warning("tracking: %s cannot be written (%s); kept until the next report", self.folder, error)
+                return
+            self._unwritten.pop(0)
 
-        client, now, metrics, skipped = self.connect(), int(time.time() * 1000), [], set()
-        known = self._last
-        for row in map(json.loads, payload.get("rows", ())):
-            step = int(row.pop("step"))
-            if step <= self._last:
-                continue
-            self._last = step
-            metrics.append(Metric(self.prefix + _ROUND, step, now, step))
-            for key, value in row.items():
-                if math.isfinite(value):
-                    metrics.append(Metric(self.prefix + key, value, now, step))
-                else:
-                    skipped.add(key)
-        for start in range(0, len(metrics), 1000):  # MLflow's limit for one batch
-            client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
-        if skipped:
-            client.set_tag(self.run_id, "dgm.not_finite", ", ".join(sorted(skipped)))
+    def _append(self, payload: Mapping[str, Any]) -> None:
+        spool, now, images = Spool(Path(self.folder)), int(time.time() * 1000), {}
+        key = f"{self.prefix}samples"
         for step, png in payload.get("images", {}).items():
-            if int(step) > known:
-                _log_image(client, self.run_id, png, key=self.prefix + "samples", step=int(step))
+            name = f"{key.replace('/', '~')}+step+{int(step)}+timestamp+{now}+"  # as MLflow names images with a slider
+            path = spool.blob(name, ".png")
+            path.write_bytes(png)
+            images[str(step)] = path.name
+        rows = list(payload.get("rows", ()))
+        if rows or images:
+            spool.append("history", prefix=self.prefix, rows=rows, key=key, images=images)
 
 
-def _log_image(client: Any, run_id: str, png: bytes, *, key: str, step: int) -> None:
-    from PIL import Image
+@dataclass
+class TorchSetup(BackendConfig):
+    """Ray's `TorchConfig`, but the controller imports torch only for a group of several workers."""
 
-    client.log_image(run_id, Image.open(io.BytesIO(png)), key=key, step=step, synchronous=True)
+    backend: str | None = None
+    timeout_s: int = 1800
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _TorchSetup
+
+
+class _TorchSetup(Backend):
+    share_cuda_visible_devices = True
+
+    def __init__(self) -> None:
+        self.started = False
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        if len(worker_group) == 1:
+            return  # one worker has nobody to talk to
+        from ray.train.torch import TorchConfig
+
+        assert isinstance(backend_config, TorchSetup)
+        config = TorchConfig(backend=backend_config.backend, timeout_s=backend_config.timeout_s)
+        config.backend_cls().on_start(worker_group, config)
+        self.started = True
+
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        if self.started:
+            from ray.train.torch import TorchConfig
+
+            config = TorchConfig()
+            config.backend_cls().on_shutdown(worker_group, config)
+            self.started = False
 
 
 class Reports(UserCallback):
@@ -81,15 +97,8 @@ class Reports(UserCallback):
     def __init__(self, on_report: Callable[[Mapping[str, Any]], None]) -> None:
         self.on_report = on_report
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # In the controller. MLflow takes seconds to import and to connect: better while the workers start than in
-        # mid-training.
-        self.__dict__.update(state)
-        if isinstance(self.on_report, Writer):
-            threading.Thread(target=self.on_report.connect, daemon=True).start()
-
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         try:
             self.on_report(metrics[0])
         except Exception:  # a callback's error would end the run; tracking is not worth that
-            logging.getLogger(__name__).exception("metrics were not recorded")
+            log.exception("metrics were not recorded")

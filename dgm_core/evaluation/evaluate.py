@@ -45,6 +45,7 @@ def evaluate(
     seed: int,
     ema: bool = False,
     display: Display | None = None,
+    drawn: Drawn | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a trained model and write `evaluation.json` and its PNG figures to `out`.
@@ -55,6 +56,7 @@ def evaluate(
         train, val, test: each call gives a fresh pass over the split.
         ema: whether `model` holds averaged parameters; said in every metric's context.
         display: stored data (or means in its units) to uint8 pictures (B, C, H, W), or to waveforms (B, T).
+        drawn: `options.samples` samples that were drawn elsewhere; without them they are drawn here.
         progress: told (done, total, what) as the work goes on.
 
     The same arguments give the same numbers and bytes (but for `seconds_per_sample`); neither the model nor the random
@@ -63,7 +65,7 @@ def evaluate(
     if judge is not None:
         judge.check(spec)
     with quiet(model, seed):
-        work = _Work(model, spec, info, judge, options, seed, ema, display, progress)
+        work = _Work(model, spec, info, judge, options, seed, ema, display, drawn, progress)
         result = work.run(train, val if options.split == "val" else test)
     _write(out, result, work.images)
     return result
@@ -82,10 +84,11 @@ class _Work:
         seed: int,
         ema: bool,
         display: Display | None,
+        drawn: Drawn | None,
         progress: Progress | None,
     ) -> None:
         self.model, self.spec, self.info, self.judge, self.options = model, spec, info, judge, options
-        self.seed, self.display, self.progress = seed, display, progress
+        self.seed, self.display, self.given, self.progress = seed, display, drawn, progress
         self.result = Evaluation(environment=_environment(model))
         self.images: dict[str, bytes] = {}
         self.base = {
@@ -129,7 +132,7 @@ class _Work:
     def _samples(self) -> None:
         o = self.options
         self.by_labels = goes_by_labels(self.model, self.test, o.sampling, self.seed)
-        drawn = draw(
+        drawn = self.given or draw(
             self.model, o.samples, self.test, o.sampling, o.batch_size, by_labels=self.by_labels, progress=self.progress
         )
         context = {"n": o.samples, "sampling": dict(o.sampling), "batch_size": o.batch_size}

@@ -74,6 +74,21 @@ def draw(
     return Drawn(torch.cat(parts), y, time.perf_counter() - started)
 
 
+def draw_part(
+    model: GenerativeModel, start: int, stop: int, examples: Batch, options: Mapping[str, Any], *, by_labels: bool
+) -> Drawn:
+    """Samples number `start` … `stop − 1` of a larger draw, which several workers share."""
+    rows = torch.arange(start, stop)
+    y = None
+    if by_labels:
+        paired = examples.context and examples.y is not None
+        y = examples.y[rows % examples.y.shape[0]] if paired else model.draw_labels(stop - start).cpu()  # type: ignore[index, union-attr]
+    context = {name: c[rows % c.shape[0]].to(model.device) for name, c in examples.context.items()}
+    started = time.perf_counter()
+    x = model.sample(stop - start, None if y is None else y.to(model.device), context, **options).cpu()
+    return Drawn(x, y, time.perf_counter() - started)
+
+
 def draw_means(
     model: GenerativeModel, n: int, examples: Batch, batch_size: int, *, by_labels: bool
 ) -> Float[Tensor, " n *shape"]:

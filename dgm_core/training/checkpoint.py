@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,44 @@ from torch import Tensor
 from dgm_core import distributed
 from dgm_core.contract import GenerativeModel
 
+log = logging.getLogger(__name__)
+
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or is not this model's."""
+    """A checkpoint cannot be read or written, or is not this model's."""
 
 
-def save_atomically(value: Any, path: Path) -> None:
-    """Write beside `path`, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
+def save_atomically(value: Any, path: Path, waits: Sequence[float] = (1, 2, 4, 8, 15, 30)) -> None:
+    """Write beside `path`, flush to disk, rename: a reader sees the old file or the new one, never half of one.
+
+    A full disk may be somebody else's doing and pass: it is tried again after each of `waits` seconds.
+
+    Raises:
+        CheckpointError: it stayed full; what was at `path` is still there.
+    """
+    for wait in (*waits, None):
+        try:
+            _save(value, path)
+            return
+        except (OSError, RuntimeError) as error:
+            if not _is_full(error):
+                raise
+            if wait is None:
+                raise CheckpointError(
+                    f"{path} cannot be written: the disk is full. The checkpoint before it is whole: free some space "
+                    "and start again, training goes on from there"
+                ) from error
+            log.warning("%s: the disk is full; trying again in %g s", path, wait)
+            time.sleep(wait)
+
+
+def _is_full(error: BaseException) -> bool:
+    """torch's writer says something else, and keeps the disk's own word as the context."""
+    context = error if isinstance(error, OSError) else error.__context__
+    return isinstance(context, OSError) and context.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _save(value: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -73,6 +73,8 @@ class Trainer:
         evaluate: called on rank 0 with the averaged model in eval mode; its numbers join the history. It does not move
             the random stream of training.
         on_log: called on every rank with (round, numbers), which are the same on all of them.
+        on_save: called on rank 0 with the path of every checkpoint as soon as it is written.
+        hurry: polled where ranks meet; when it says so on any rank, training checkpoints and goes on.
         stop: polled; when it says so on any rank, training checkpoints and returns "interrupted".
     """
 
@@ -88,6 +90,8 @@ class Trainer:
         schedule: Schedule = Schedule(),
         evaluate: Callable[[GenerativeModel], Mapping[str, float]] | None = None,
         on_log: Callable[[int, Mapping[str, float]], None] | None = None,
+        on_save: Callable[[Path], None] = lambda _: None,
+        hurry: Callable[[], bool] = lambda: False,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.device = torch.device(device)
@@ -96,7 +100,7 @@ class Trainer:
         if model.data.kind == "image":
             self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.recipe, self.data, self.seed, self.folder, self.schedule = recipe, data, seed, folder, schedule
-        self.evaluate, self.on_log, self.stop = evaluate, on_log, stop
+        self.evaluate, self.on_log, self.on_save, self.hurry, self.stop = evaluate, on_log, on_save, hurry, stop
         smallest = min(recipe.batch_size_at(p) for p in (0.0, *_starts(recipe)))
         if smallest < distributed.world_size():
             raise RecipeError(
@@ -159,7 +163,7 @@ class Trainer:
         overdue = seconds is not None and time.monotonic() - self._saved_at > seconds
         asked = distributed.any_true(self.stop(), self.device)
         early = self._is_stale()
-        if save or asked or early or distributed.any_true(overdue, self.device):
+        if save or asked or early or distributed.any_true(self.hurry() or overdue, self.device):
             self._save()
             self._saved_at = time.monotonic()
         if last:
@@ -298,6 +302,7 @@ class Trainer:
             state = checkpoint.model_state(self.model)
             if distributed.rank() == 0:
                 checkpoint.save_atomically({"model": state, "best": self.best}, self.folder / "best.pt")
+                self.on_save(self.folder / "best.pt")
 
     def _save(self) -> None:
         """Write `last.pt`. A collective: every rank's chains and random streams are in it."""
@@ -318,6 +323,7 @@ class Trainer:
         }
         if distributed.rank() == 0:
             checkpoint.save_atomically(state, self.folder / "last.pt")
+            self.on_save(self.folder / "last.pt")
         distributed.barrier()
 
     def _resume(self) -> None:

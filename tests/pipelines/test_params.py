@@ -27,7 +27,7 @@ def shipped(tmp_path: Path, old: str, new: str) -> Path:
     ("old", "new", "message"),
     [
         ("  workers: 1", "  wokers: 1", "did you mean 'workers'"),
-        ("  workers: 1", "  workers: -1", "cluster.workers: Input should be greater than or equal to 0"),
+        ("  workers: 1", "  workers: -1", "cluster.workers: -1 workers are not accepted: 0 (this process), 1, 2"),
         ("    model: vq_vae2", "    model: vq_vae22", "did you mean 'vq_vae2'"),
         ("    family: flow", "    family: flows", "real_nvp belongs to family 'flow', but 'flows' was given"),
         ("    data: digits_binary", "    data: digits_binari", "did you mean 'digits_binary'"),

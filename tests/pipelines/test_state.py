@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipelines import state
-from pipelines.cluster import wait_for_lock
 from pipelines.params import Cluster, Usage
+from pipelines.state import wait_for_lock
 
 
 def test_kept_through_failure_and_gone_after_success(tmp_path: Path) -> None:
