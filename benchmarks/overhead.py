@@ -24,6 +24,7 @@ from benchmarks.harness import ROOT, Row, report
 from dgm_core.training import history
 from pipelines.cluster import call, connected, run_job
 from pipelines.params import Cluster, Tracking, load_params
+from pipelines.place import Place
 from pipelines.tracking import Tracker
 from pipelines.train import job
 
@@ -66,7 +67,8 @@ def main() -> int:
         recipe = recipe.merged({"steps": ROUNDS, "evaluate_every": None, "monitor": None})
         base = {
             "model": run.model, "config": config.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
-            "data": str(data.path), "seed": 0, "init_from": None, "report_seconds": params.cluster.report_seconds,
+            "data": str(data.path), "place": Place(None), "seed": 0, "init_from": None,
+             "report_seconds": params.cluster.report_seconds,
             "schedule": vars(params.cluster.schedule), "overfit_batches": None, "validate": False,
         }  # fmt: skip
         cluster = Cluster(storage=str(folder / "state"))

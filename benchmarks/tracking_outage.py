@@ -56,20 +56,18 @@ def main() -> int:
 def _measure(folder: Path, server: Mlflow, seconds: float) -> list[Row]:
     rate = _calibrate(folder)
     write_params(folder, steps=round(rate * (4.5 * seconds + 100)))
-    stage = _start("pipelines.train", "vae")
-    while rounds(folder) == 0:
-        _alive(stage)
-    with yardstick() as count:
-        time.sleep(WARM_UP)
-        before = _rates(folder, stage, count, seconds)
-        server.kill()
-        during = _rates(folder, stage, count, seconds)
-        server.restart()
-        time.sleep(SETTLED)
-        after = _rates(folder, stage, count, seconds)
-    output, _ = stage.communicate(timeout=3600)
-    if stage.returncode != 0:
-        raise RuntimeError(output)
+    with _stage("pipelines.train", "vae") as stage:
+        while rounds(folder) == 0:
+            _alive(stage)
+        with yardstick() as count:
+            time.sleep(WARM_UP)
+            before = _rates(folder, stage, count, seconds)
+            server.kill()
+            during = _rates(folder, stage, count, seconds)
+            server.restart()
+            time.sleep(SETTLED)
+            after = _rates(folder, stage, count, seconds)
+        _finish(stage)
     for when, (trained, multiplied) in (("before", before), ("during", during), ("after", after)):
         print(f"  {when}: {trained:.1f} rounds a second, yardstick {multiplied:.1f}")
     relative = [trained / multiplied for trained, multiplied in (before, during, after)]
@@ -99,21 +97,35 @@ def _calibrate(folder: Path) -> float:
     """Rounds a second of this machine; the data is prepared on the way."""
     write_params(folder, steps=2000)
     for command in (("pipelines.prepare", "digits_binary"), ("pipelines.train", "vae")):
-        stage = _start(*command)
-        output, _ = stage.communicate(timeout=3600)
-        if stage.returncode != 0:
-            raise RuntimeError(output)
+        with _stage(*command) as stage:
+            _finish(stage)
     rows = _curves(folder)
     return (float(rows[-1]["step"]) - float(rows[0]["step"])) / (
         float(rows[-1]["train/seconds"]) - float(rows[0]["train/seconds"])
     )
 
 
-def _start(*command: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+@contextmanager
+def _stage(*command: str) -> Iterator[subprocess.Popen[str]]:
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",  # no worker gives way to the yardstick, or to whatever else runs
+    }  # fmt: skip
+    stage = subprocess.Popen(
         [sys.executable, "-m", *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    try:
+        yield stage
+    finally:
+        if stage.poll() is None:
+            stage.terminate()  # it unwinds, and takes its Ray cluster with it
+            stage.wait()
+
+
+def _finish(stage: subprocess.Popen[str]) -> None:
+    output, _ = stage.communicate(timeout=3600)
+    if stage.returncode != 0:
+        raise RuntimeError(output)
 
 
 def _alive(stage: subprocess.Popen[str]) -> None:

@@ -5,7 +5,6 @@ With `workers: 0` the same calls run in this process, without Ray.
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import threading
@@ -36,13 +35,12 @@ __all__ = ["Here", "Worker", "call", "connected", "device", "keep_parts", "map_p
 # Errors that come again however often a job is restarted: they end it at once, with their own words.
 FINAL = (NonFiniteLoss, DataMismatch, CheckpointError, RecipeError, StorageError)
 
-CONTROLLER_FAILURES = 3
-
 
 class Worker(Protocol):
     """What a job's function sees of where it runs."""
 
     device: torch.device
+    leads_node: bool  # one worker of each node does
 
     def report(self, payload: Mapping[str, Any]) -> None:
         """Send plain values to the job's `on_report`; under Ray a barrier over its workers."""
@@ -63,6 +61,7 @@ class Here:
 
     device: torch.device
     on_report: Callable[[Mapping[str, Any]], None]
+    leads_node: bool = True
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def report(self, payload: Mapping[str, Any]) -> None:
@@ -113,29 +112,34 @@ def run_job(
         here = Here(torch.device("cuda" if torch.cuda.is_available() and cluster.gpus_per_worker else "cpu"), on_report)
         with _on_sigterm(here.stopping.set):
             return job(config, here)
-    from ray.exceptions import RayActorError
-
     folders = _Folders(cluster, name)
+    entry = _Entry(job, folders.stop_key, NO_DASHBOARD not in os.environ)
     with _on_sigterm(folders.ask_to_stop):
-        for failures in itertools.count(1):
-            trainer = _trainer(
-                _Entry(job, folders.stop_key, NO_DASHBOARD not in os.environ),
-                config,
-                cluster,
-                folders,
-                on_report,
-                callbacks,
-            )
-            try:
-                kind, value = trainer.fit().return_value
-            except RayActorError:  # Ray restarts a controller's workers, but nobody the controller
-                if failures > CONTROLLER_FAILURES:
-                    raise
-                continue
-            folders.delete()
-            if kind == "done":
-                return value
-            raise JobFailed(value) if kind == "failed" else Interrupted(value)
+        kind, value = _fit(
+            lambda: _trainer(entry, config, cluster, folders, on_report, callbacks), cluster.max_failures
+        )
+    folders.delete()
+    if kind == "failed":
+        raise JobFailed(value)
+    if kind == "interrupted":
+        raise Interrupted(value)
+    return value
+
+
+def _fit(make: Callable[[], Any], max_failures: int) -> Any:
+    """Ray restarts a controller's workers, but nobody restarts the controller."""
+    from ray.exceptions import RayActorError
+    from ray.train import TrainingFailedError
+
+    last: Exception | None = None
+    for _ in range(max_failures + 1):
+        try:
+            return make().fit().return_value
+        except RayActorError as error:
+            last = error
+        except TrainingFailedError as error:
+            raise JobFailed(f"given up after {max_failures} restarts (cluster.max_failures): {error}") from error
+    raise JobFailed(f"Ray Train's controller died {max_failures + 1} times: {last}") from last
 
 
 class _Folders:
@@ -212,7 +216,9 @@ def _trainer(
             name=folders.key.rpartition("/")[2],
             storage_path=f"{root}/ray",
             storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
+            ),
             callbacks=[Reports(on_report), *callbacks],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
@@ -249,7 +255,10 @@ class _RayWorker:
     """Reports from a thread of its own: `ray.train.report` waits for the controller's next poll, training does not."""
 
     def __init__(self, device: torch.device, stop: tuple[Storage, str], preemptible: bool) -> None:
+        import ray.train
+
         self.device, self.preemptible = device, preemptible
+        self.leads_node = ray.train.get_context().get_local_rank() == 0
         self.storage, self.stop_key = stop
         self.thread = ThreadPoolExecutor(1)
         self.last: Future[None] | None = None

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from pipelines.params import Cluster, Usage
 
 PREFLIGHT_SECONDS = 4.0
@@ -30,12 +32,11 @@ def connected(cluster: Cluster, *, dashboard: bool = False) -> Iterator[None]:
     if cluster.most == 0:
         yield
         return
-    address = os.environ.get("RAY_ADDRESS") or "local"
+    refuse_early(cluster)
+    address = _address()
     _settings(cluster, own=address == "local")
     import ray
 
-    if address not in ("local", "auto"):
-        preflight(address)
     try:
         _init(address, cluster, dashboard)
         _check_size(cluster, ray.cluster_resources())
@@ -44,6 +45,24 @@ def connected(cluster: Cluster, *, dashboard: bool = False) -> Iterator[None]:
     finally:
         ray.shutdown()
         os.environ.pop(NO_DASHBOARD, None)
+
+
+def _address() -> str:
+    return os.environ.get("RAY_ADDRESS") or "local"
+
+
+def refuse_early(cluster: Cluster) -> None:
+    """What can be known of a cluster without joining or starting it; a stage asks before it does anything else.
+
+    Raises:
+        Usage: see `connected`.
+    """
+    if cluster.most == 0:
+        return
+    if (address := _address()) == "local":
+        _check_size(cluster, {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()})
+    elif address != "auto":
+        preflight(address)
 
 
 NO_DASHBOARD = "DGM_CLUSTER_WITHOUT_DASHBOARD"  # set in the process whose cluster has none

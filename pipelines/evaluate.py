@@ -34,6 +34,7 @@ from dgm_core.evaluation.record import EvaluationConfig
 from dgm_core.evaluation.sampling import Drawn, draw_part, goes_by_labels
 from pipelines import state
 from pipelines.cluster import call, connected, device, keep_parts
+from pipelines.connect import refuse_early
 from pipelines.params import Params, Usage, load_params, run_main
 from pipelines.place import Place
 from pipelines.serving import log_model
@@ -132,13 +133,17 @@ def main(argv: Sequence[str]) -> int:
         data=state.folder_checksum(data), judge=state.folder_checksum(Path("judges", judge)),
         evaluate=params.evaluate.model_dump(), code=state.code_hash(None, "evaluation"), seed=entry.seed,
     )  # fmt: skip
+    refuse_early(params.cluster)
+    place = Place.of(params.cluster)
     tracker = Tracker(params.tracking, given.run, params.cluster.local)
     with (
         state.in_progress(params.cluster, f"evaluate-{given.run}", key) as folder,
         tracker.running(tracker.remembered(), stage="evaluate"),
     ):
         with connected(params.cluster):
-            numbers = [_one_seed(given.run, i, seed, data, judge, params, folder) for i, seed in enumerate(seeds)]
+            numbers = [
+                _one_seed(given.run, i, seed, data, judge, params, folder, place) for i, seed in enumerate(seeds)
+            ]
         metrics = over_seeds(numbers)
         Path("metrics").mkdir(exist_ok=True)
         runs.write_json(Path("metrics", f"{given.run}.json"), metrics)
@@ -151,13 +156,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _one_seed(
-    name: str, number: int, seed: int, data: Path, judge: str, params: Params, folder: Path
+    name: str, number: int, seed: int, data: Path, judge: str, params: Params, folder: Path, place: Place
 ) -> dict[str, float]:
     """One seed's numbers; what an attempt before has finished of it (samples, the whole) is not done again."""
     own, options = folder / f"seed{number}", params.evaluate
     if (own / "numbers.json").exists():
         return runs.read_json(own / "numbers.json")
-    place, model = Place.of(params.cluster), Path("models", name, *(["seeds", str(seed)] if number else []))
+    model = Path("models", name, *(["seeds", str(seed)] if number else []))
     scored = open_dataset(data).spec.kind != "codes"
     sent = place.send(Path("judges", judge)) if scored else ""
     refs = Refs(place, place.send(model), place.send(data), sent, folder.name)

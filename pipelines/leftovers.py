@@ -16,7 +16,7 @@ def say_what_is_left(spool: Spool, why: str, uri: str) -> None:
     name = spool.about.get("name", spool.folder.name)
     if waiting := spool.waiting():
         sys.stderr.write(
-            f"tracking: {waiting} writes of {name} are not in MLflow ({masked(uri)}: {why or 'it is slow'}). "
+            f"tracking: {waiting} writes of {name} are not in MLflow ({masked(uri)}: {why or 'no answer in time'}). "
             f"They are kept in {spool.folder}; the next stage sends them, or `python -m pipelines.tracking flush`.\n"
         )
     if refused := spool.refused:
@@ -45,7 +45,7 @@ def settle(folder: Path, uri: str, client: Any, seconds: float) -> str:
     sender = Sender(spool, client, about["run_id"], lambda text: hide(text, uri)).start()
     left = ""
     if not sender.close(seconds):
-        left = f"{spool.waiting()} writes wait: {sender.failing or 'the server is slow'}"
+        left = f"{spool.waiting()} writes wait: {sender.failing or 'no answer in time'}"
     elif refused := spool.refused:
         left = f"MLflow refused {len(refused)} writes (the last: {refused[-1]['why']})"
     else:

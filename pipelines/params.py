@@ -200,6 +200,15 @@ class Distribution(Strict):
         (name,) = self.model_fields_set
         return name, getattr(self, name)
 
+    def near(self, value: Any) -> Any:
+        """The value, brought into the range."""
+        name, given = self.given
+        if name == "choice":
+            return value
+        if name == "randint":
+            return min(max(round(value), given[0]), given[1] - 1)
+        return float(f"{min(max(value, given[0]), given[1]):.6g}")
+
 
 class Search(Strict):
     """One entry of `tune:`: a search for better settings of the run of this name."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dgm_core.runs import replaced_folder
 from pipelines.mirror import Mirror
-from pipelines.params import Cluster
+from pipelines.params import Cluster, Usage
 from pipelines.storage import Storage, StorageError, file_sha256
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,18 @@ class Place:
 
     @classmethod
     def of(cls, cluster: Cluster) -> Place:
+        """On the driver, before anything is sent.
+
+        Raises:
+            Usage: the storage cannot be written and read.
+        """
         if not cluster.shared or cluster.most == 0:
             return cls(None)
         default = Path(tempfile.gettempdir(), f"dgm-cache-{getpass.getuser()}")
+        try:
+            Storage(cluster.storage).check(patience=3)
+        except StorageError as error:
+            raise Usage(f"cluster.storage: {error}") from None
         return cls(
             Storage(cluster.storage, cluster.storage_patience_s),
             Path(cluster.cache) if cluster.cache else default,
@@ -65,7 +74,7 @@ class Place:
         if self.storage is None:
             yield Path(ref)
             return
-        with NodeCache(self.cache, self.cache_bytes).opened(self.storage, ref) as folder:
+        with NodeCache(self.cache / "folders", self.cache_bytes).opened(self.storage, ref) as folder:
             yield folder
 
     @contextmanager

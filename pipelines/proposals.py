@@ -11,9 +11,10 @@ from typing import Any
 
 import optuna
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
+from pipelines.params import Distribution
 from pipelines.search import Case, Ledger, Trial, Values, sample
 from pipelines.study import Study
 from pipelines.text import number as shown
@@ -23,45 +24,46 @@ DEFAULT = 0  # the number of the trial that changes nothing
 
 
 class Proposals(Searcher):
-    """Trial 0 is the default configuration; the others are sampled, each by its own number, or asked of Optuna."""
+    """Hands out the trials that are wanted and not done: number -> values, or None where they are still to be found.
 
-    def __init__(self, case: Case, ledger: Ledger) -> None:
+    Those are sampled, each by its own number, or asked of Optuna.
+    """
+
+    def __init__(self, case: Case, ledger: Ledger, wanted: Mapping[int, Values | None]) -> None:
         super().__init__(metric="score", mode=case.mode)
-        search = case.search
-        self.search, self.ledger, self.default = search, ledger, case.default
+        self.case, self.ledger, self.wanted = case, ledger, wanted
         self.given: set[int] = {trial.number for trial in ledger.done}
         self.halted = False
         self.asked: dict[int, optuna.Trial] = {}
         self.study: Study | None = None
-        if search.search == "optuna":
+        if case.search.search == "optuna":
             # A search that goes on asks a sampler of its own: the same seed would ask for the same again.
-            self.study = Study(
-                search.space, case.mode, search.seed + len(self.given), startup=max(2, search.trials // 3)
-            )
+            seed, startup = case.search.seed + len(self.given), max(2, case.search.trials // 3)
+            self.study = Study(case.search.space, case.mode, seed, startup)
             for trial in ledger.done:
                 self.study.add(trial, trial.values or case.default)
 
     @property
-    def left(self) -> int:
-        return self.search.trials - len(self.given)
+    def left(self) -> list[int]:
+        return [number for number in self.wanted if number not in self.given]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        number = next((n for n in range(self.search.trials) if n not in self.given), None)
-        if number is None or self.halted:
+        if not self.left or self.halted:
             return Searcher.FINISHED
+        number = self.left[0]
         self.given.add(number)
         values = self._values(number)
         self.ledger.begin(number, values)
-        return {"number": number, "values": values}
+        return {"trial": {"number": number, "values": values}}
 
     def _values(self, number: int) -> Values:
-        known = self.ledger.trials.get(number)  # one that was killed: the same again
-        if number == DEFAULT:
-            return {}
+        wanted, known = self.wanted[number], self.ledger.trials.get(number)  # known: it was killed; the same again
+        if wanted is not None:
+            return wanted
         if self.study is not None:
             self.asked[number], values = self.study.ask(known.values if known else None)
             return values
-        return known.values if known else sample(self.search.space, self.search.seed, number)
+        return known.values if known else sample(self.case.search.space, self.case.search.seed, number)
 
     def tell(self, trial: Trial) -> None:
         """A trial has ended."""
@@ -71,7 +73,7 @@ class Proposals(Searcher):
             if trial.number in self.asked:
                 self.study.tell(self.asked.pop(trial.number), trial)
             else:
-                self.study.add(trial, trial.values or self.default)
+                self.study.add(trial, trial.values or self.case.default)
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """The ledger's keeper says what became of a trial."""
@@ -105,7 +107,30 @@ class Asha(ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
-        return TrialScheduler.CONTINUE if trial.config["number"] == DEFAULT else decision
+        return TrialScheduler.CONTINUE if trial.config["trial"]["number"] == DEFAULT else decision
+
+
+def population_based(case: Case) -> PopulationBasedTraining:
+    """At each validation the worst quarter takes state and values of one of the best, the values a little changed."""
+
+    def mutation(distribution: Distribution) -> Any:
+        kind, given = distribution.given
+        return list(given) if kind == "choice" else getattr(tune, kind)(*given)
+
+    def within(config: dict[str, Any]) -> dict[str, Any]:
+        values = {key: case.search.space[key].near(value) for key, value in config["trial"]["values"].items()}
+        return {**config, "trial": {**config["trial"], "values": values}}
+
+    return PopulationBasedTraining(
+        time_attr="step",
+        metric="score",
+        mode=case.mode,
+        perturbation_interval=case.every,
+        hyperparam_mutations={"trial": {"values": {k: mutation(d) for k, d in case.search.space.items()}}},
+        custom_explore_fn=within,
+        log_config=False,
+        synch=True,  # all meet before the worst are told: the outcome does not depend on who is quicker
+    )
 
 
 class Keeper(tune.Callback):
@@ -156,7 +181,7 @@ class Keeper(tune.Callback):
             kept.state = "finished"
         elif not kept.reports or kept.step > kept.reports[-1][0]:
             kept.reports.append((kept.step, kept.score))
-        kept.values = dict(trial.config["values"])
+        kept.values = dict(trial.config["trial"]["values"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         kept = self._of(trial)

@@ -49,13 +49,17 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """`root` holds evaluations/, metrics/, plots/ and models/; `edges` are (needed stage, stage that needs it)."""
+    """`root` holds evaluations/, metrics/, plots/, models/ and, where there were searches, tuning/.
+
+    `edges` are (needed stage, stage that needs it).
+    """
 
     root: Path
     runs: Sequence[RunFacts]
     nodes: Sequence[str]
     edges: Sequence[tuple[str, str]]
     title: str = "Deep generative models"
+    search_urls: Mapping[str, str] = field(default_factory=dict)  # run -> its search's MLflow run
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,21 @@ class RunPage:
         return self.facts.mlflow_url.startswith(("http://127.0.0.1", "http://localhost"))
 
 
+@dataclass(frozen=True)
+class SearchPage:
+    """What a search for a run's settings found."""
+
+    run: str
+    metric: str
+    picture: Picture
+    default: float | None
+    best: float | None  # None: nothing beat the default
+    trial: int
+    counts: str
+    settings: Sequence[tuple[str, str, str]]  # key, by default, best
+    mlflow_url: str = ""
+
+
 def build_report(inputs: ReportInputs) -> str:
     """The page.
 
@@ -138,6 +157,7 @@ def build_report(inputs: ReportInputs) -> str:
         metrics=sorted(shared, key=lambda name: (_rank(name), -shared[name], name)),
         drawing=graph.svg(inputs.nodes, inputs.edges, links),
         needs=needs,
+        searches=read_searches(inputs.root, inputs.search_urls),
         curves=_as_script({page.facts.name: page.curves for page in pages if page.curves}),
         number=number,
         local_mlflow=any(page.mlflow_is_local for page in pages),
@@ -189,6 +209,32 @@ def read_curves(path: Path) -> dict[str, Curve]:
                 if name != "step" and cell and math.isfinite(value := float(cell)):
                     curves.setdefault(name, []).append((float(row["step"]), value))
     return {name: _thinned(curve) for name, curve in sorted(curves.items())}
+
+
+def read_searches(root: Path, urls: Mapping[str, str]) -> list[SearchPage]:
+    """Every search that was made, by run."""
+    pages = []
+    for path in sorted(root.glob("tuning/*/search.json")):
+        found = _read_json(path)
+        best, default = found["best"] or {}, found["default"]
+        states = Counter(trial["state"] for trial in found["trials"])
+        count = ", ".join(f"{n} {state}" for state, n in states.most_common())
+        keys = found["importance"]["shares"]
+        caption = f"{found['metric']} of {len(found['trials'])} trials ({count}) against each key's value"
+        pages.append(
+            SearchPage(
+                found["run"],
+                found["metric"],
+                Picture(_data_uri(path.with_name("search.png")), caption),
+                default["score"],
+                best.get("score"),
+                best.get("trial", 0),
+                f"{len(found['trials'])} trials of {found['steps']} rounds: {count}",
+                [(key, words(default["values"][key]), words(best["values"][key]) if best else "") for key in keys],
+                urls.get(found["run"], ""),
+            )
+        )
+    return pages
 
 
 def _metric(name: str, given: record.Metric, over_seeds: Mapping[str, Any]) -> Metric:
@@ -267,7 +313,8 @@ def main(argv: Sequence[str]) -> int:
     params = load_params(root / "params.yaml")
     nodes, edges = graph.dvc_graph(root)
     try:
-        page = build_report(ReportInputs(root, facts_of(params, root), nodes, edges))
+        urls = {name: _mlflow(params, root, f"{name}-search").get("mlflow_url", "") for name in params.tune}
+        page = build_report(ReportInputs(root, facts_of(params, root), nodes, edges, search_urls=urls))
     except FileNotFoundError as error:
         raise Usage(str(error)) from None
     out = root / "report" / "index.html"

@@ -30,7 +30,7 @@ BIN = Path(sys.executable).parent
 @contextmanager
 def ray_head() -> Iterator[str]:
     """A head in a process group of its own, ended with the block. `ray stop` would end every cluster of the machine."""
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard = free_port(), free_port()
     command = [
         str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1",
         f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
@@ -49,7 +49,7 @@ def ray_head() -> Iterator[str]:
         _end(head)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -220,6 +220,7 @@ class Trial:
     seconds: float = 0.0
     reports: list[tuple[int, float]] = field(default_factory=list)  # (round, score)
     error: str = ""
+    member: bool = False  # of a population: its values changed as it ran, so that its score is not theirs
 
 
 class Ledger:
@@ -236,9 +237,9 @@ class Ledger:
         rows = [asdict(trial) for _, trial in sorted(self.trials.items())]
         write_atomically(self.path, json.dumps(rows, indent=1).encode())
 
-    def begin(self, number: int, values: Values) -> Trial:
+    def begin(self, number: int, values: Values, *, member: bool = False) -> Trial:
         """A new trial, or an unfinished one again: its configuration stays, its reports come again."""
-        trial = self.trials.setdefault(number, Trial(number, values))
+        trial = self.trials.setdefault(number, Trial(number, values, member=member))
         trial.reports = []
         self.save()
         return trial
@@ -260,10 +261,10 @@ def better(a: float, b: float, mode: Mode) -> bool:
 
 
 def best_of(trials: Iterable[Trial], mode: Mode) -> Trial | None:
-    """The best of the trials that were trained to the end; of equals, the first."""
+    """The best of the trials that were trained to the end with what they began with; of equals, the first."""
     best: Trial | None = None
     for trial in sorted(trials, key=lambda t: t.number):
-        if trial.state != "finished" or trial.score is None or not math.isfinite(trial.score):
+        if trial.state != "finished" or trial.member or trial.score is None or not math.isfinite(trial.score):
             continue
         if best is None or best.score is None or better(trial.score, best.score, mode):
             best = trial

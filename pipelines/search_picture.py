@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from dgm_core.evaluation.drawing import plot
 from pipelines.params import Distribution
@@ -39,8 +39,10 @@ def draw(
         _importance(axes[panels - 1], *importance)
         for panel in axes[panels:]:
             panel.set_visible(False)
-        handles, labels = axes[0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+        looks = {
+            text: handle for panel in axes for handle, text in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        canvas.legend(looks.values(), looks.keys(), loc="outside upper center", ncols=4, frameon=False)
 
     return plot(fill, width=4.0 * across, height=3.2 * down + 0.4)
 
@@ -68,7 +70,8 @@ def _values(
     }
     for label, (which, look) in looks.items():
         points = [(at(t), t.score) for t in which if at(t) is not None]
-        axes.scatter([x for x, _ in points], [y for _, y in points], label=label, zorder=3, **look)
+        if points:
+            axes.scatter([x for x, _ in points], [y for _, y in points], label=label, zorder=3, **look)
     axes.set_title(short(key), fontsize=10)
     axes.grid(color="#e5e7eb", linewidth=0.8)
     if options:
@@ -76,6 +79,9 @@ def _values(
         axes.set_xlim(-0.5, len(options) - 0.5)
     elif kind == "loguniform":
         axes.set_xscale("log")
+        axes.set_xlim(given[0] / 1.15, given[1] * 1.15)
+        if given[1] >= 10 * given[0]:
+            axes.xaxis.set_minor_formatter(NullFormatter())
     elif kind == "randint":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 

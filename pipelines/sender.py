@@ -198,10 +198,11 @@ class Applied:
             metrics = self._run().data.metrics
             self._rounds = {k: int(v) for k, v in metrics.items() if k.rsplit("/")[-1] == ROUND}
         key, skipped = prefix + ROUND, set()
-        for rows in _batches(entry, self._rounds.get(key, -1), skipped):
-            for start in range(0, len(rows), POINTS):
-                self.client.log_batch(self.run_id, metrics=rows[start : start + POINTS])
-            self._rounds[key] = rows[-1].step
+        points = _points_of(entry, self._rounds.get(key, -1), skipped)
+        for start in range(0, len(points), POINTS):
+            self.client.log_batch(self.run_id, metrics=points[start : start + POINTS])
+        if points:
+            self._rounds[key] = points[-1].step
         if skipped:
             said = self._run().data.tags.get("dgm.not_finite", "").split(", ")
             self.client.set_tag(self.run_id, "dgm.not_finite", ", ".join(sorted(skipped | set(filter(None, said)))))
@@ -290,25 +291,20 @@ class Applied:
             self.client.update_run(self.run_id, status=status)
 
 
-def _batches(entry: Entry, last: int, skipped: set[str]) -> Iterator[list[Any]]:
-    """Points of the rows above `last`, in lists that end with a row's end; keys with values not finite in `skipped`."""
+def _points_of(entry: Entry, last: int, skipped: set[str]) -> list[Any]:
+    """Points of the rows above `last`, each row's round behind its others; keys of what is not finite in `skipped`."""
     from mlflow.entities import Metric
 
-    prefix, batch = entry.content["prefix"], []
+    prefix, points = entry.content["prefix"], []
     for row in map(json.loads, entry.content["rows"]):
         step = int(row.pop("step"))
         if step <= last:
             continue
         last = step
         skipped |= {key for key, value in row.items() if not math.isfinite(value)}
-        points = [Metric(prefix + k, v, entry.time, step) for k, v in row.items() if math.isfinite(v)]
+        points += [Metric(prefix + k, v, entry.time, step) for k, v in row.items() if math.isfinite(v)]
         points.append(Metric(prefix + ROUND, step, entry.time, step))
-        if batch and len(batch) + len(points) > POINTS:
-            yield batch
-            batch = []
-        batch = batch + points
-    if batch:
-        yield batch
+    return points
 
 
 def _steps_of(paths: Iterator[str]) -> Iterator[tuple[str, int]]:

@@ -81,7 +81,7 @@ class Storage:
         options: dict[str, Any] = {name: values[0] for name, values in parse_qs(parts.query).items()}
         # Few attempts inside one call: trying again is ours, where it is seen and bounded by one clock.
         retry = fs.AwsStandardS3RetryStrategy(max_attempts=2)
-        store = fs.S3FileSystem(connect_timeout=5, request_timeout=30, retry_strategy=retry, **options)
+        store = fs.S3FileSystem(connect_timeout=3, request_timeout=30, retry_strategy=retry, **options)
         return store, f"{parts.netloc}{parts.path}".rstrip("/")
 
     @property

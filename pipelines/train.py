@@ -36,7 +36,9 @@ from dgm_core.training.optimisers import build_players
 from dgm_core.training.trainer import Schedule, Trainer
 from pipelines import state
 from pipelines.cluster import Worker, connected, run_job
+from pipelines.connect import refuse_early
 from pipelines.mirror import Mirror, bring
+from pipelines.node_metrics import node_metrics
 from pipelines.params import Interrupted, JobFailed, Params, Run, load_params, resolve, run_main
 from pipelines.place import Place
 from pipelines.progress import Progress
@@ -98,6 +100,8 @@ def job(config: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
         if config["init_from"]:
             start = runs.load(held.enter_context(place.opened(config["init_from"])))
             checkpoint.load_model_state(model, checkpoint.model_state(start))
+        if worker.leads_node and config.get("system_metrics"):
+            held.enter_context(node_metrics(*config["system_metrics"]))
         mirror = place.mirror(config["folder"])
         folder = Path(config["folder"]) if mirror is None else mirror.folder
         if distributed.rank() == 0:
@@ -230,6 +234,7 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     params = load_params(overrides=[f"runs.{given.run}.{item}" for item in given.set])
     run = params.run(given.run)
+    refuse_early(params.cluster)
     data, place = Path("data") / run.data, Place.of(params.cluster)
     dataset = open_dataset(data)
     model_class, config, recipe = resolve(given.run, run, dataset.spec)
@@ -284,12 +289,14 @@ def _one_seed(name: str, config: dict[str, Any], params: Params, tracker: Tracke
     if (own / "result").exists():
         return
     at = str(own) if place.storage is None else f"state/{folder.name}/{own.name}"
+    metrics = (tracker.uri, tracker.run_id) if params.tracking.system_metrics else None
+    config = {**config, "folder": at, "system_metrics": metrics}
     first = config["seed"] == params.runs[name].seed
     writer = tracker.writer("" if first else f"seed{config['seed']}/")
     label = name if params.runs[name].seeds == 1 else f"{name} seed {config['seed']}"
     with Progress(own / "history.jsonl", config["recipe"]["steps"], label):
         if place.storage is None or not bring(place.storage, at, own):  # it may have ended without its driver
-            run_job(job, {**config, "folder": at}, params.cluster, name=f"{folder.name}-{own.name}", on_report=writer)
+            run_job(job, config, params.cluster, name=f"{folder.name}-{own.name}", on_report=writer)
     if place.storage is not None and not bring(place.storage, at, own):
         raise JobFailed(f"the job ended, but {at} in {params.cluster.storage} holds no finished run")
 

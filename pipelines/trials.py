@@ -8,24 +8,33 @@ from __future__ import annotations
 import json
 import math
 import os
+import queue
+import shutil
+import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray import tune
+from ray.util import queue as ray_queue
 
 from dgm_core.data.shards import open_dataset
+from dgm_core.training.checkpoint import load
 from pipelines import train
 from pipelines.cluster import FINAL, run_job
 from pipelines.params import Cluster, JobFailed, Usage, resolve
 from pipelines.place import Place
 from pipelines.search import UNTUNED, Case, Values, score, with_values
+from pipelines.storage import Storage
 
 DRIVER_MEMORY = 2**28  # bytes; what a trial's own actor reserves where its workers hold the CPUs
+STOP_SECONDS = 60.0  # that a stopped trial's job has for a checkpoint
 REPORT_SECONDS = 2.0  # a decision to stop a trial should not wait long for what it decides on
 RAY_SETTINGS = ("RAY_TRAIN_", "RAY_CHDIR_", "RAY_ACCEL_")
 
@@ -44,6 +53,8 @@ class Plan:
     environment: Mapping[str, str] = field(
         default_factory=lambda: {k: v for k, v in os.environ.items() if k.startswith(RAY_SETTINGS)}
     )
+
+    population: bool = False
 
     @property
     def alone(self) -> bool:
@@ -84,12 +95,11 @@ def label(number: int) -> str:
 class Results:
     """Makes of a job's reports what Tune is told: one result a validation, with all rows of history up to it."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    def __init__(self, case: Case, seen: int = 0) -> None:
+        self.case, self.seen = case, seen
         self.values: list[float] = []
         self.rows: list[str] = []
         self.images: dict[int, bytes] = {}
-        self.seen = 0
 
     def of(self, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         self.images.update(payload["images"])
@@ -101,95 +111,153 @@ class Results:
             self.rows.append(line)
             if math.isfinite(row.get(self.case.metric, math.nan)):
                 self.values.append(row[self.case.metric])
-                yield self._result()
+                if self.seen < self.case.steps:  # the last is told when the job has ended well
+                    yield self._result()
 
     def last(self) -> dict[str, Any]:
         """After a job that ended by itself."""
         if not self.values:
             return self.failure(f"{self.case.metric} was never a finite number")
-        return {**self._result(), "ended": True}
+        return {**self._result(), "ended": True, "done": True}
 
     def failure(self, why: str) -> dict[str, Any]:
-        rows, images = self._taken()
-        return {
-            "step": self.seen,
-            "score": math.inf if self.case.mode == "min" else -math.inf,
-            "error": why,
-            "rows": rows,
-            "images": images,
-        }
+        worst = math.inf if self.case.mode == "min" else -math.inf
+        return {"step": self.seen, "score": worst, "error": why, "done": True, **self._taken()}
 
     def _result(self) -> dict[str, Any]:
-        rows, images = self._taken()
         worth = score(self.values, self.case.mode, self.case.keeps_best)
-        return {"step": self.seen, "score": worth, "rows": rows, "images": images}
+        return {"step": self.seen, "score": worth, **self._taken()}
 
-    def _taken(self) -> tuple[list[str], dict[int, bytes]]:
-        taken = self.rows, self.images
+    def _taken(self) -> dict[str, Any]:
+        taken = {"rows": self.rows, "images": self.images}
         self.rows, self.images = [], {}
         return taken
 
 
-def run_trial(config: Mapping[str, Any], plan: Plan) -> None:
-    """What Tune runs for a trial."""
-    os.environ.update(plan.environment)
-    if os.path.isdir(plan.root):
-        os.chdir(plan.root)  # relative paths mean here what they mean to the stage
-    number = int(tune.get_context().get_trial_name() or 0)
-    results = Results(plan.case)
-    try:
-        job = plan.job(number, config["values"])
-        name = f"{Path(plan.state).parent.name}-{label(number)}"
-        if plan.alone:
-            _train_here(job, plan, name, results)
-        else:
-            _train_elsewhere(job, plan, name, results)
-    except (JobFailed, Usage, *FINAL) as error:
-        tune.report(results.failure(str(error)))
-        return
-    tune.report(results.last())
+class Actor(tune.Trainable):
+    """A trial. Its job runs in a thread of its own, from the first `step` on; each `step` waits for a validation.
 
-
-def _train_here(job: dict[str, Any], plan: Plan, name: str, results: Results) -> None:
-    def pass_on(payload: Mapping[str, Any]) -> None:
-        for result in results.of(payload):
-            tune.report(result)
-
-    run_job(train.job, job, plan.cluster, name=name, on_report=pass_on)
-
-
-def _train_elsewhere(job: dict[str, Any], plan: Plan, name: str, results: Results) -> None:
-    """Drive a Ray Train job from a thread, and pass on what its controller puts into a queue.
-
-    `TuneReportCallback` does the same through a queue of Tune's own, whose reader can wait for ever where the job ends
-    while a report is still on its way.
+    Ray's `TuneReportCallback` has a queue of Tune's own for this, whose reader can wait for ever where a job ends while
+    a report is on its way; and a function that Tune stops cannot end its Ray Train job, whose workers then keep their
+    CPUs from the next trial. Here `cleanup` asks the job to stop, and waits.
     """
-    from ray.util.queue import Empty, Queue
 
-    queue = Queue(actor_options={"num_cpus": 0})
-    failed: list[BaseException] = []
+    def setup(self, config: dict[str, Any], plan: Plan) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        os.environ.update(plan.environment)
+        if os.path.isdir(plan.root):
+            os.chdir(plan.root)  # relative paths mean here what they mean to the stage
+        if plan.alone:
+            torch.set_num_threads(plan.cluster.cpus_per_worker or 1)
+        self.plan, self.number = plan, int(self.trial_name)
+        self.values: Values = config["trial"]["values"]
+        self.name = f"{Path(plan.state).parent.name}-{label(self.number)}"
+        self.results = Results(plan.case)
+        self.ready: deque[dict[str, Any]] = deque()
+        self.failed: BaseException | None = None
+        self.thread: threading.Thread | None = None
+        self.held = ExitStack()
+        self.job = plan.job(self.number, self.values)
+        if plan.population:
+            self.job |= Member.job(self.job, plan, self.held)
 
-    def drive() -> None:
-        try:
-            run_job(train.job, job, plan.cluster, name=name, on_report=queue.put)
-        except BaseException as error:
-            failed.append(error)
+    def step(self) -> dict[str, Any]:
+        if self.thread is None:
+            self._start()
+            assert self.thread is not None
+        if not self.ready:
+            self.member.go.set()
+        while not self.ready:
+            running = self.thread.is_alive()
+            try:
+                self.ready.extend(self.results.of(self.inbox.get(timeout=0.2)))
+            except (queue.Empty, ray_queue.Empty):
+                if not running:
+                    return self._end()
+        return self.ready.popleft()
 
-    thread = threading.Thread(target=drive, daemon=True)  # a stopped trial does not wait for it
-    thread.start()
-    while True:
-        running = thread.is_alive()
-        try:
-            payload = queue.get(timeout=0.2)
-        except Empty:
-            if running:
-                continue
-            break
-        for result in results.of(payload):
-            tune.report(result)
-    queue.shutdown()
-    if failed:
-        raise failed[0]
+    def _start(self) -> None:
+        self.inbox: Any = queue.Queue() if self.plan.alone else ray_queue.Queue(actor_options={"num_cpus": 0})
+        self.member = Member(self.inbox, self.plan)
+        on_report = self.member.tell if self.plan.population else self.inbox.put
+
+        def drive() -> None:
+            try:
+                run_job(train.job, self.job, self.plan.cluster, name=self.name, on_report=on_report)
+            except BaseException as error:
+                self.failed = error
+
+        self.thread = threading.Thread(target=drive, daemon=True)
+        self.thread.start()
+
+    def _end(self) -> dict[str, Any]:
+        if self.failed is None:
+            return self.results.last()
+        if isinstance(self.failed, (JobFailed, Usage, *FINAL)):  # it would come again
+            return self.results.failure(str(self.failed))
+        raise self.failed
+
+    def cleanup(self) -> None:
+        if self.thread is not None and self.thread.is_alive() and not self.plan.alone:
+            with asked_to_stop(self.plan.cluster, self.name):
+                self.thread.join(STOP_SECONDS)
+        self.held.close()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        shutil.copy2(Path(self.job["folder"], "last.pt"), checkpoint_dir)
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Go on from a trial's state: this one's before it paused, or that of one that does better."""
+        folder = Path(self.job["folder"])
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(Path(checkpoint, "last.pt"), folder)
+        self.results.seen = load(folder / "last.pt", "cpu")["step"]
+
+
+class Member:
+    """One of a population: it waits at each validation, when its state is on the disk, until it is told to go on."""
+
+    def __init__(self, inbox: Any, plan: Plan) -> None:
+        self.inbox, self.case = inbox, plan.case
+        self.go = threading.Event()
+        self.unsaid: dict[str, Any] | None = None
+
+    @staticmethod
+    def job(job: Mapping[str, Any], plan: Plan, held: ExitStack) -> dict[str, Any]:
+        """Its state is on this node's disk; Tune carries it from trial to trial."""
+        folder = job["folder"]
+        if plan.place.storage is not None:
+            folder = held.enter_context(tempfile.TemporaryDirectory(prefix="dgm-member-"))
+        return {
+            "place": Place(None),
+            "data": str(held.enter_context(plan.place.opened(plan.data))),
+            "judge": str(held.enter_context(plan.place.opened(plan.judge))) if plan.judge else None,
+            "folder": folder,
+            "report_seconds": 0.0,  # every logged row
+            "schedule": {**job["schedule"], "log_every": max(1, plan.case.every // 4)},
+        }
+
+    def tell(self, payload: Mapping[str, Any]) -> None:
+        """What a validation said is passed on with the next report: only then is the state behind it saved."""
+        if self.unsaid is not None:
+            self.go.clear()
+            self.inbox.put(self.unsaid)
+            self.unsaid = None
+            self.go.wait()
+        if any(self.case.metric in json.loads(line) for line in payload["rows"]):
+            self.unsaid = dict(payload)
+        else:
+            self.inbox.put(payload)
+
+
+@contextmanager
+def asked_to_stop(cluster: Cluster, name: str) -> Iterator[None]:
+    """As SIGTERM does to a stage: the job checkpoints and ends."""
+    storage = Storage(cluster.storage if cluster.shared else str(cluster.local), cluster.storage_patience_s)
+    storage.write(f"stop/{name}", b"")
+    try:
+        yield
+    finally:
+        storage.delete(f"stop/{name}")
 
 
 def slots(cluster: Cluster, trials: int, has: Mapping[str, float]) -> tuple[int, int]:

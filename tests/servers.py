@@ -7,6 +7,7 @@ memory is lost with it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import shutil
@@ -49,7 +50,7 @@ class Server:
         with open(self.log, "ab") as sink:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
-                env={**os.environ, **self.env}, user=self.user, cwd=self.log.parent,
+                env={**os.environ, **self.env}, user=self.user, cwd=self.log.parent, preexec_fn=_die_with_parent,
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
         while not self.ready():
@@ -79,6 +80,12 @@ class Server:
                 continue
         self.process.wait()
         self.process = None
+
+
+def _die_with_parent() -> None:
+    """A test process that is killed leaves no server behind."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def answers(url: str) -> Callable[[], bool]:

@@ -241,7 +241,7 @@ class Trainer:
         """Read the window, check it, evaluate if due, and write one line of history."""
         self._window.check_finite(self._last)
         numbers = self._window.read(self.step, self.position)
-        numbers["train/seconds"] = time.monotonic() - self._started
+        numbers |= {"train/seconds": time.monotonic() - self._started, "train/workers": distributed.world_size()}
         for name, player in self.players.items():
             numbers[f"train/{name}/lr"] = player.optimizer.param_groups[0]["lr"]
         if evaluate and self.evaluate is not None:

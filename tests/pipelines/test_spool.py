@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import logging
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +27,7 @@ from pipelines.leftovers import settle
 from pipelines.sender import Sender
 from pipelines.spool import Spool, lock
 from pipelines.writer import Writer
+from tests.support import ROOT
 
 URI = "http://127.0.0.1:5000"
 RUN = "r1"
@@ -39,11 +44,14 @@ class FakeServer:
         self.statuses: list[str] = []
         self.calls: list[str] = []
         self.down = False
+        self.fail_before: Callable[[str], Exception | None] = lambda call: None
         self.fail_after: Callable[[str], Exception | None] = lambda call: None  # the call arrives, its answer does not
 
     def _called(self, name: str) -> None:
         if self.down:
             raise ConnectionError("connection refused")
+        if (error := self.fail_before(name)) is not None:
+            raise error
         self.calls.append(name)
 
     def _answered(self, name: str) -> None:
@@ -162,6 +170,8 @@ def test_a_dead_server_holds_up_nobody_and_gets_everything_when_it_is_back(
     for step in range(2, 50):
         write(rows(step))  # returns: nothing waits for the server
     write({"images": {49: png()}})
+    while not sender.failing:
+        time.sleep(0.01)
     assert not sender.settled(0)
     assert "connection refused" in sender.failing
     assert server.steps() == [1]
@@ -218,18 +228,22 @@ def test_a_history_reported_again_is_dropped_up_to_what_the_run_has(
     assert pictures == ["20", "40"]
 
 
-def test_rows_are_never_cut_between_batches(spool: Spool, server: FakeServer) -> None:
-    """The round says what the run has; a row whose other half is still on its way must not count."""
+def test_a_row_counts_when_all_of_it_is_there(spool: Spool, server: FakeServer, tmp_path: Path) -> None:
+    """A process dies between two batches: the round says what the run has, so it comes behind its row's rest."""
     wide = {f"m{i}": float(i) for i in range(400)}
-    Writer(str(spool.folder))(rows(1, 2, 3, 4, 5, **wide))
-    failures = iter([None, ConnectionError("gone")])
-    server.fail_after = lambda call: next(failures, None)
+    write = Writer(str(spool.folder))
+    write(rows(1, 2, 3, 4, 5, **wide))
+    second = iter([None, ConnectionError("gone")])
+    server.fail_before = lambda call: next(second, ConnectionError("gone")) if call == "log_batch" else None
+    assert not Sender(spool, server, RUN).start().close(0.2)
+    assert server.steps("round") == [1, 2]
+    server.fail_before = lambda call: None
+    spool.journal.write_bytes(b"")  # whatever became of the spool, the job reports its history again
+    (spool.folder / "sent").unlink(missing_ok=True)
+    write(rows(1, 2, 3, 4, 5, **wide))
     send(Sender(spool, server, RUN).start())
-    assert server.steps("m399") == server.steps("round") == [1, 2, 3, 4, 5]
-    huge = {f"n{i}": float(i) for i in range(2500)}
-    Writer(str(spool.folder))(rows(6, **huge))
-    send(Sender(spool, server, RUN).start())
-    assert server.points[-1][0] == "round"
+    assert set(server.steps("m399")) == set(server.steps("round")) == {1, 2, 3, 4, 5}
+    assert server.steps("round") == [1, 2, 3, 4, 5]
 
 
 def test_not_finite_values_are_left_out_and_named_together(spool: Spool, server: FakeServer) -> None:
@@ -239,6 +253,12 @@ def test_not_finite_values_are_left_out_and_named_together(spool: Spool, server:
     send(Sender(spool, server, RUN).start())
     assert server.tags["dgm.not_finite"] == "bad, worse"
     assert not server.steps("bad")
+
+
+def test_what_runs_in_rays_controller_is_light() -> None:
+    code = "import sys, pipelines.writer; print(sorted({'torch', 'mlflow', 'PIL', 'tenacity'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
 
 
 def test_only_one_sends(tmp_path: Path) -> None:
@@ -262,6 +282,20 @@ def test_a_lock_on_a_folder_that_was_removed_is_no_lock(tmp_path: Path) -> None:
     assert lock(folder) is None
     held.close()
     assert lock(folder) is None
+
+
+def test_a_folder_removed_under_a_lock_being_taken_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, real, removed = tmp_path / "r", fcntl.flock, []
+
+    def flock(file: Any, how: int) -> None:
+        if not removed:
+            removed.append(shutil.rmtree(folder))
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    held = lock(folder)
+    assert held is not None
+    assert lock(folder) is None  # it is the one that everybody sees
 
 
 def _hold(folder: Path, ready: Any) -> None:

@@ -122,6 +122,9 @@ def test_a_published_folder_is_named_by_what_it_holds(storage: Storage, tmp_path
     assert storage.publish(a_folder(tmp_path / "three", **{"spec.json": "{}", "sub/x": "2"})) != key
     place = Place(storage, tmp_path / "cache")
     assert place.send(one) == key
+    mirror = place.mirror("state/job")  # a job's folder is beside the cached ones, and none of them
+    assert mirror is not None
+    mirror.folder.mkdir(parents=True)
     with place.opened(key) as folder:
         assert contents(folder) == {"spec.json": "{}", "sub/x": "1"}
         assert folder.is_relative_to(tmp_path / "cache")  # never the driver's own
