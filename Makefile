@@ -65,5 +65,6 @@ results: $(INSTALLED) ## Measure quality rows into docs/results.md: ROW=name; wi
 	@$(BIN)/python -m benchmarks.results $(ROW)
 
 clean: ## Remove caches and unfinished state; keeps .venv, data, models, DVC's cache and MLflow's history
-	@rm -rf .dgm .pytest_cache .ruff_cache .import_linter_cache .benchmarks dvc_plots
+	@[ ! -d .dgm ] || find .dgm -mindepth 1 -maxdepth 1 ! -name spool -exec rm -rf {} +
+	@rm -rf .pytest_cache .ruff_cache .import_linter_cache .benchmarks dvc_plots
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from benchmarks.harness import ROOT, Row, report
 from dgm_core.training import history
-from tests.nodes import Nodes, nodes, processes
+from tests.nodes import Nodes, nodes
 
 RUN = "vae"
 KINDS = ("stage", "worker", "controller", "node")
@@ -89,7 +89,7 @@ class Soak:
                 self.cluster.started.pop().kill()
                 self.cluster.add(cpus=1)
             else:
-                victims = processes(TITLES[kind])
+                victims = self.cluster.processes(TITLES[kind])
                 if not victims:
                     continue  # the moment was before it was there, or after
                 victims[0].kill()
@@ -121,9 +121,9 @@ class Soak:
             found.append("the weights differ from the undisturbed run's")
         found += self.tracking_problems()
         deadline = time.monotonic() + 30  # Ray takes down what a dead driver left
-        while time.monotonic() < deadline and processes(*TITLES.values()):
+        while time.monotonic() < deadline and self.cluster.processes(*TITLES.values()):
             time.sleep(0.5)
-        found += [f"{p.cmdline()} is still there" for p in processes(*TITLES.values())]
+        found += [f"{p.cmdline()} is still there" for p in self.cluster.processes(*TITLES.values())]
         free, total = self.cluster.free_cpus()
         if free != total:
             found.append(f"{total - free:g} CPUs are still taken")

@@ -127,15 +127,20 @@ def run_job(
 
 
 def _fit(make: Callable[[], Any], max_failures: int) -> Any:
-    """Ray restarts a controller's workers, but nobody restarts the controller."""
+    """Ray restarts a controller's workers; nobody restarts the controller, which also dies of a worker that does not
+    live through the group's start."""
     from ray.exceptions import RayActorError
-    from ray.train import TrainingFailedError
+    from ray.train import ControllerError, TrainingFailedError
 
     last: Exception | None = None
     for _ in range(max_failures + 1):
         try:
             return make().fit().return_value
         except RayActorError as error:
+            last = error
+        except ControllerError as error:
+            if not isinstance(error.controller_failure, RayActorError):
+                raise JobFailed(f"Ray Train gave up: {error.controller_failure}") from error
             last = error
         except TrainingFailedError as error:
             raise JobFailed(f"given up after {max_failures} restarts (cluster.max_failures): {error}") from error

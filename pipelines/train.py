@@ -28,6 +28,7 @@ from dgm_core.data.display import display_of, how_to_show
 from dgm_core.data.shards import Dataset, open_dataset
 from dgm_core.evaluation import drawing, figures
 from dgm_core.evaluation.examples import quiet, take
+from dgm_core.evaluation.judge import Judge
 from dgm_core.evaluation.sampling import draw
 from dgm_core.evaluation.validation import validate
 from dgm_core.models import CATALOG
@@ -108,7 +109,9 @@ def job(config: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
             held.enter_context(wait_for_lock(folder / "worker.lock", 60))
         if mirror is not None:
             mirror.pull()
-        outcome = _fit(config, worker, model, dataset, folder, mirror)
+        # Searches compare what samples by their distance from the data; a stage of its own leaves that to `evaluate`.
+        judge = Judge.load(held.enter_context(place.opened(config["judge"]))) if config.get("judge") else None
+        outcome = _fit(config, worker, model, dataset, judge, folder, mirror)
         if mirror is not None:
             if distributed.rank() == 0:
                 mirror.deliver(folder / "result")
@@ -122,6 +125,7 @@ def _fit(
     worker: Worker,
     model: GenerativeModel,
     dataset: Dataset,
+    judge: Judge | None,
     folder: Path,
     mirror: Mirror | None,
 ) -> dict[str, Any]:
@@ -132,7 +136,7 @@ def _fit(
 
     def evaluate(averaged: GenerativeModel) -> Mapping[str, float]:
         reporter.images[trainer.step] = sample_grid(averaged, dataset)
-        return validate(averaged, one_pass(dataset.split("val"), 250), dataset.spec, dataset.info)
+        return validate(averaged, one_pass(dataset.split("val"), 250), dataset.spec, dataset.info, judge=judge)
 
     first = config["overfit_batches"] * recipe.batch_size_at(0.0) if config["overfit_batches"] else None
     trainer = Trainer(

@@ -164,13 +164,16 @@ class Actor(tune.Trainable):
         if self.thread is None:
             self._start()
             assert self.thread is not None
-        if not self.ready:
-            self.member.go.set()
+        told = True
         while not self.ready:
+            if told:  # all that the job said so far is passed on, or was said before
+                self.member.go.set()
             running = self.thread.is_alive()
             try:
                 self.ready.extend(self.results.of(self.inbox.get(timeout=0.2)))
+                told = True
             except (queue.Empty, ray_queue.Empty):
+                told = False
                 if not running:
                     return self._end()
         return self.ready.popleft()

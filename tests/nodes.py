@@ -18,6 +18,7 @@ import psutil
 from pipelines.repro import BIN, free_port
 
 PATIENCE = 90.0
+STARTED = "Ray runtime started"  # what `ray start` says when its node has joined
 
 
 @dataclass
@@ -28,13 +29,17 @@ class Node:
 
     def kill(self) -> None:
         """All of its processes at once, as when a machine loses power."""
-        for child in reversed([self._root(), *self._root().children(recursive=True)]):
+        for child in [psutil.Process(self.process.pid), *self.below()]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(signal.SIGKILL)
         self.process.wait()
 
-    def _root(self) -> psutil.Process:
-        return psutil.Process(self.process.pid)
+    def below(self) -> list[psutil.Process]:
+        """Every process that it started, and that those started."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
 
 
 @dataclass
@@ -52,21 +57,17 @@ class Nodes:
         ray.append("--object-store-memory=100000000")
         mounts = " && ".join([*(f"mount -t tmpfs none '{path}'" for path in hidden), 'exec "$@"'])
         command = ["unshare", "--mount", "sh", "-c", mounts, "node", *ray] if hidden else ray
-        expected = self.alive() + 1
+        expected = self.log.read_text().count(STARTED) + 1
         with open(self.log, "a") as sink:
             process = subprocess.Popen(command, stdout=sink, stderr=sink, start_new_session=True, env=self.environment)
         node = Node(process)
         self.started.append(node)
         deadline = time.monotonic() + PATIENCE
-        while self.alive() < expected:
+        while self.log.read_text().count(STARTED) < expected:
             if time.monotonic() > deadline or process.poll() is not None:
                 raise RuntimeError(f"the node did not join:\n{self.log.read_text()[-2000:]}")
             time.sleep(0.3)
         return node
-
-    def alive(self) -> int:
-        """How many nodes the cluster knows to be up."""
-        return int(self.ask("sum(node['Alive'] for node in ray.nodes())"))
 
     def ask(self, expression: str) -> str:
         """The value of an expression in a driver of its own, as text."""
@@ -79,23 +80,23 @@ class Nodes:
         )
         return done.stdout.rpartition("=>")[2].strip()
 
+    def processes(self, *titles: str) -> list[psutil.Process]:
+        """Of its nodes, those whose title contains one of these, such as RayTrainWorker or TrainController."""
+        found = []
+        for node in self.started:
+            for process in node.below():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    line, alive = " ".join(process.cmdline()), process.status() != psutil.STATUS_ZOMBIE
+                    if alive and line.startswith("ray::") and any(title in line for title in titles):
+                        found.append(process)
+        return found
+
     def free_cpus(self) -> tuple[float, float]:
         """(free, all)"""
         free, total = self.ask("(ray.available_resources().get('CPU', 0), ray.cluster_resources().get('CPU', 0))")[
             1:-1
         ].split(",")
         return float(free), float(total)
-
-
-def processes(*titles: str) -> list[psutil.Process]:
-    """Ray's processes whose title contains one of these, such as RayTrainWorker or TrainController."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        line = " ".join(process.info["cmdline"] or ())
-        ours = line.startswith("ray::") and any(title in line for title in titles)
-        if ours and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
 
 
 @contextmanager
@@ -119,7 +120,7 @@ def nodes(log: Path, head_cpus: int = 0, token: str = "") -> Iterator[Nodes]:
     cluster = Nodes(f"127.0.0.1:{port}", environment, log, [Node(process)])
     try:
         deadline = time.monotonic() + PATIENCE
-        while "Ray runtime started" not in log.read_text():
+        while STARTED not in log.read_text():
             if time.monotonic() > deadline or process.poll() is not None:
                 raise RuntimeError(f"the head did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.2)

@@ -389,9 +389,46 @@ def test_the_picture_shows_a_panel_a_key(tmp_path: Path) -> None:
     assert len(picture.convert("RGB").getcolors(1 << 16) or []) > 20
 
 
+def test_the_report_shows_what_was_found(tmp_path: Path) -> None:
+    from pipelines.report import ReportInputs, build_report
+
+    trials = [finished(0, -60.0), finished(1, -55.0), finished(2, -70.0, state="stopped")]
+    found = tune.outcome(case(), trials)
+    inputs = ReportInputs(tmp_path, [], ["report"], [], search_urls={"vae": "http://127.0.0.1:5000/#/found"})
+    assert "Searches" not in build_report(inputs)
+    (tmp_path / "tuning/vae").mkdir(parents=True)
+    (tmp_path / "tuning/vae/search.json").write_text(json.dumps(found))
+    (tmp_path / "tuning/vae/search.png").write_bytes(tune.picture(case(), trials, found))
+    page = build_report(inputs)
+    assert 'id="searches"' in page
+    assert "-60 by default, -55 at best (trial 1)" in page
+    assert "3 trials of 40 rounds: 2 finished, 1 stopped" in page
+    assert "http://127.0.0.1:5000/#/found" in page
+    assert "data:image/png;base64," in page
+
+
 def test_trees_of_dotted_keys() -> None:
     values = {"recipe.optimizers.model.lr": 1, "recipe.optimizers.model.ema": 2, "config.a": 3}
     assert as_tree(values) == {"recipe": {"optimizers": {"model": {"lr": 1, "ema": 2}}}, "config": {"a": 3}}
+
+
+def test_dvc_searches_only_when_it_is_asked_to() -> None:
+    """No stage of dvc.yaml needs one of tuning/dvc.yaml; a search needs its data and its judge made."""
+    from dvc.repo import Repo
+    from networkx import descendants
+
+    with Repo(str(ROOT)) as repo:
+        graph = repo.index.graph
+        stages = {s.addressing: s for s in graph.nodes}
+        searches = {a: s for a, s in stages.items() if a.startswith("tuning/")}
+        assert {a.rpartition(":")[2] for a in searches} == {
+            f"tune@{name}" for name in load_params(ROOT / "params.yaml").tune
+        }
+        for address, stage in stages.items():
+            if address not in searches:
+                assert not descendants(graph, stage) & set(searches.values())
+        needed = {s.addressing for s in descendants(graph, searches["tuning/dvc.yaml:tune@vae"])}
+        assert needed == {"prepare@digits_binary", "judge@digits_binary"}
 
 
 @pytest.fixture(scope="module")
