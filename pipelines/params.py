@@ -29,6 +29,15 @@ from pipelines.storage import StorageError, check_uri
 EMBEDDED = "dgm_core/data/sources"  # where data that comes with the code comes from: DVC needs a path to watch
 
 
+def home() -> Path:
+    """The project's folder; also from a copy that DVC makes for a queued experiment, and deletes afterwards."""
+    here = Path.cwd()
+    for copy in here.parents:
+        if copy.parts[-3:] == (".dvc", "tmp", "exps"):
+            return Path(*copy.parts[:-3])
+    return here
+
+
 class Usage(SystemExit):
     """Something the user gave is not accepted; printed without a traceback, exit code 2."""
 
@@ -139,7 +148,7 @@ class Cluster(Strict):
     @property
     def local(self) -> Path:
         """This machine's folder for locks, and for the state of jobs where the storage is not shared."""
-        return Path(".dgm" if self.shared else self.storage).resolve()
+        return home() / (".dgm" if self.shared else self.storage)
 
     @property
     def schedule(self) -> Schedule:

@@ -27,7 +27,7 @@ from typing import Any
 from dgm_core.evaluation.files import write_atomically
 from pipelines.leftovers import say_what_is_left, settle
 from pipelines.node_metrics import Sampler, step_at
-from pipelines.params import Tracking, Usage, load_params, run_main
+from pipelines.params import Tracking, Usage, home, load_params, run_main
 from pipelines.sender import Sender
 from pipelines.spool import Spool, folders, lock
 from pipelines.tracking_store import check, first_use, hide, masked, store_uri
@@ -41,8 +41,8 @@ OPENING_SECONDS = 5.0
 
 
 def spool_root() -> Path:
-    """`DGM_SPOOL`, else `.dgm/spool` here: a folder on this machine's disk that outlives the stage."""
-    return Path(os.environ.get("DGM_SPOOL") or ".dgm/spool").absolute()
+    """`DGM_SPOOL`, else the project's `.dgm/spool`: a folder on this machine's disk that outlives the stage."""
+    return home() / (os.environ.get("DGM_SPOOL") or ".dgm/spool")
 
 
 def connect(settings: Tracking) -> tuple[str, Any]:
@@ -109,7 +109,7 @@ class Tracker:
 
         name = self.settings.experiment
         local = self.uri.startswith("sqlite")
-        location = (Path(self.settings.artifacts).resolve() / name).as_uri() if local else None
+        location = (home() / self.settings.artifacts / name).as_uri() if local else None
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:

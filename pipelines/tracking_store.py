@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from pipelines.params import Tracking, Usage
+from pipelines.params import Tracking, Usage, home
 
 DATABASES = ("postgresql", "mysql", "mssql")
 ANSWER_SECONDS = (3.0, 5.0)  # to connect, and to answer; a stage's start must fail within 10 s
@@ -31,7 +31,7 @@ def store_uri(settings: Tracking) -> str:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or settings.uri
     if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
+        return f"sqlite:///{home() / uri.removeprefix('sqlite:///')}"
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.hostname:
         if parts.password is not None:

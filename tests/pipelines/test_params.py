@@ -9,7 +9,19 @@ from pydantic import ValidationError
 
 from dgm_core.contract import DataSpec
 from dgm_core.models import CATALOG
-from pipelines.params import EMBEDDED, Run, Usage, load_params, parse_source, resolve, yaml_load
+from pipelines.params import (
+    EMBEDDED,
+    Cluster,
+    Run,
+    Tracking,
+    Usage,
+    home,
+    load_params,
+    parse_source,
+    resolve,
+    yaml_load,
+)
+from pipelines.tracking import store_uri
 from tests.support import ROOT
 
 SPEC = DataSpec("image", (1, 16, 16), 256, classes=10)
@@ -121,3 +133,17 @@ def test_a_recipe_must_hold_together() -> None:
     with pytest.raises(ValidationError, match="start at progress 0"):
         Recipe(steps=1, batch_size=((0.5, 3),))
     assert Recipe(steps=1, batch_size=((0.0, 8), (0.5, 4))).batch_size_at(0.6) == 4
+
+
+def test_a_queued_experiment_keeps_its_state_and_runs_with_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC runs it in a copy, which it deletes afterwards."""
+    copy = tmp_path / ".dvc/tmp/exps/tmp1/deeper"
+    copy.mkdir(parents=True)
+    for folder in (copy, copy.parent, tmp_path):
+        monkeypatch.chdir(folder)
+        assert home() == tmp_path
+        assert Cluster().local == tmp_path / ".dgm"
+        assert store_uri(Tracking()) == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert Cluster(storage=str(tmp_path / "shared")).local == tmp_path / ".dgm"
