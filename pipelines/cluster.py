@@ -25,12 +25,15 @@ from dgm_core.training.checkpoint import CheckpointError
 from dgm_core.training.history import NonFiniteLoss
 from pipelines.connect import NO_DASHBOARD, connected
 from pipelines.params import Cluster, Interrupted, JobFailed
+from pipelines.placement import drives_itself, free_placement_groups
 from pipelines.storage import Storage, StorageError
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
 __all__ = ["Here", "Worker", "call", "connected", "device", "keep_parts", "map_parts", "run_job"]
+
+CLEANER_SECONDS = 5.0  # that Ray's own has to free what a dead controller held
 
 # Errors that come again however often a job is restarted: they end it at once, with their own words.
 FINAL = (NonFiniteLoss, DataMismatch, CheckpointError, RecipeError, StorageError)
@@ -133,7 +136,9 @@ def _fit(make: Callable[[], Any], max_failures: int) -> Any:
     from ray.train import ControllerError, TrainingFailedError
 
     last: Exception | None = None
-    for _ in range(max_failures + 1):
+    for attempt in range(max_failures + 1):
+        if attempt and drives_itself():  # a search frees what its trials leave when it ends
+            free_placement_groups(CLEANER_SECONDS)
         try:
             return make().fit().return_value
         except RayActorError as error:

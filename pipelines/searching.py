@@ -18,11 +18,12 @@ from ray.tune.schedulers import FIFOScheduler
 from pipelines.connect import connected
 from pipelines.params import Cluster, Params
 from pipelines.place import Place
+from pipelines.placement import free_placement_groups
 from pipelines.proposals import DEFAULT, Asha, Keeper, Proposals, population_based
 from pipelines.search import JUDGED, Case, Ledger, Trial, Values, sample
 from pipelines.storage import Storage
 from pipelines.tracking import Tracker
-from pipelines.trials import Actor, Plan, free_placement_groups, label, resources, slots
+from pipelines.trials import Actor, Plan, label, resources, slots
 
 TIDYING_SECONDS = 15
 

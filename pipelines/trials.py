@@ -12,10 +12,9 @@ import queue
 import shutil
 import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -282,28 +281,3 @@ def resources(plan: Plan) -> dict[str, float]:
         return {"memory": DRIVER_MEMORY}
     gpus = {"gpu": plan.cluster.gpus_per_worker} if plan.cluster.gpus_per_worker else {}
     return {"cpu": plan.cluster.cpus_per_worker or 1, **gpus}
-
-
-def free_placement_groups(seconds: float) -> int:
-    """Wait until the placement groups of this driver's trials are gone, and remove those that stay; how many did.
-
-    A stopped trial takes its Ray Train controller with it, which cannot tidy up after itself: Ray's own cleaner does,
-    a moment later.
-    """
-    import ray
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    own = ray.get_runtime_context().get_job_id()  # the last bytes of what the job makes
-
-    def left() -> list[str]:
-        table: dict[str, Any] = ray.util.placement_group_table()
-        return [key for key, group in table.items() if key.endswith(own) and group["state"] != "REMOVED"]
-
-    deadline = time.monotonic() + seconds
-    while left() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    leaked = left()
-    for key in leaked:
-        with suppress(Exception):
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(key))))
-    return len(leaked)
