@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from pipelines.params import Cluster, Usage
 
 PREFLIGHT_SECONDS = 4.0
+JOINING_SECONDS = 3.0
 _TURN = 6 * 3600.0  # seconds that a job waits for its turn where several run side by side
 
 
@@ -39,6 +41,7 @@ def connected(cluster: Cluster, *, dashboard: bool = False) -> Iterator[None]:
 
     try:
         _init(address, cluster, dashboard)
+        _wait_for_nodes(cluster, address)
         _check_size(cluster, ray.cluster_resources())
         _check_storage(cluster, {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]})
         yield
@@ -171,6 +174,19 @@ def check_version(theirs: str, ours: str) -> None:
             f"the cluster runs Ray {theirs}, this machine {ours}; install Ray {theirs} here, or rebuild the cluster's "
             f"image with {ours}"
         )
+
+
+def _wait_for_nodes(cluster: Cluster, address: str) -> None:
+    """A cluster that is joined may have a node that joins it just now."""
+    import ray
+
+    deadline = time.monotonic() + (JOINING_SECONDS if address != "local" else 0)
+    while time.monotonic() < deadline:
+        try:
+            _check_size(cluster, ray.cluster_resources())
+            return
+        except Usage:
+            time.sleep(0.2)
 
 
 def _check_size(cluster: Cluster, has: Mapping[str, float]) -> None:

@@ -23,7 +23,7 @@ from dgm_core.contract import Batch, DataSpec, HasCodes
 from dgm_core.data.shards import SPLITS, Dataset, open_dataset, write_dataset
 from pipelines import state
 from pipelines.cluster import connected, device, keep_parts
-from pipelines.params import Params, Usage, load_params, run_main
+from pipelines.params import Cluster, Params, Usage, load_params, run_main
 from pipelines.place import Place
 
 PART = 2048  # examples a worker encodes at a time
@@ -75,9 +75,27 @@ def _batches(folder: Path, parts: Sequence[Part], split: str, level: str, spec: 
                 yield Batch(torch.from_numpy(stored[level]), y, context)
 
 
-def _write(folder: Path, run: str, dataset: Dataset, parts: Sequence[Part], specs: Mapping[str, DataSpec]) -> None:
+def encode_all(run: Path, data: Path, out: Path, cluster: Cluster, place: Place, folder: Path) -> None:
+    """Write every level's data set into `out`; `folder` keeps the parts that are done.
+
+    Raises:
+        Usage: the run has no codes.
+    """
+    model, dataset = runs.load(run), open_dataset(data)
+    if not isinstance(model, HasCodes):
+        raise Usage(f"{run.name} has no codes: encode takes runs of vq_vae, vq_vae2 and the like")
+    parts, weights = parts_of(dataset), state.file_checksum(run / "weights.safetensors")
+    with connected(cluster):
+        work = partial(encode, place=place, run=place.send(run), data=place.send(data), weights=weights)
+        keep_parts(work, parts, cluster, folder, what="encoding", gpus=cluster.gpus_per_worker)
+    _write(folder, out, run.name, dataset, parts, model.code_specs())
+
+
+def _write(
+    folder: Path, target: Path, run: str, dataset: Dataset, parts: Sequence[Part], specs: Mapping[str, DataSpec]
+) -> None:
     kept = {k: dataset.info[k] for k in ("class_names",) if k in dataset.info}
-    with runs.replaced_folder(Path("data", "codes", run)) as out:
+    with runs.replaced_folder(target) as out:
         for level, spec in specs.items():
             splits = {split: _batches(folder, parts, split, level, spec) for split in SPLITS}
             info = {"name": f"{run}/{level}", "source": "codes", "codes": run, "level": level}
@@ -97,17 +115,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _encode(name: str, params: Params) -> None:
     run, data = Path("models", name), Path("data", params.run(name).data)
-    model, dataset, place = runs.load(run), open_dataset(data), Place.of(params.cluster)
-    if not isinstance(model, HasCodes):
-        raise Usage(f"{name} has no codes: encode takes runs of vq_vae, vq_vae2 and the like")
-    parts = parts_of(dataset)
-    weights = state.file_checksum(run / "weights.safetensors")
+    place, weights = Place.of(params.cluster), state.file_checksum(run / "weights.safetensors")
     key = state.fingerprint(run=weights, data=state.folder_checksum(data), part=PART)
     with state.in_progress(params.cluster, f"encode-{name}", key) as folder:
-        with connected(params.cluster):
-            work = partial(encode, place=place, run=place.send(run), data=place.send(data), weights=weights)
-            keep_parts(work, parts, params.cluster, folder, what="encoding", gpus=params.cluster.gpus_per_worker)
-        _write(folder, name, dataset, parts, model.code_specs())
+        encode_all(run, data, Path("data", "codes", name), params.cluster, place, folder)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def nodes(log: Path, head_cpus: int = 0, token: str = "") -> Iterator[Nodes]:
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
     environment |= {  # a dead node is noticed in seconds, not in half a minute
         "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000",
-        "RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3",
+        "RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "5",
     }  # fmt: skip
     command = [
         str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",

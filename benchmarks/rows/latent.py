@@ -21,7 +21,9 @@ from dgm_core.evaluation.judge import Judge, fit_judge
 from dgm_core.models.latent.vae import VAE
 from dgm_core.models.latent.vq_vae2 import VQVAE2
 from dgm_core.models.two_stage import TwoStage
-from pipelines.encode import encode
+from pipelines.encode import encode_all
+from pipelines.params import Cluster
+from pipelines.place import Place
 
 EPOCH = 500  # batches of 100 in 50,000 examples
 
@@ -83,7 +85,8 @@ def vq_vae2_mnist(workdir: Path) -> Measured:
 
     with runs.replaced_folder(workdir / "vqvae") as folder:
         runs.save_run(folder, "vq_vae2", model, Recipe(steps=1), model.state_dict(), {})
-    encode(str(workdir / "vqvae"), str(data.path), str(workdir / "codes"))
+    here, codes = Cluster(workers=0), workdir / "codes"
+    encode_all(workdir / "vqvae", data.path, codes, here, Place(None), workdir / "parts")
     priors = {level: _prior(workdir / "codes" / level, measured, level) for level in ("top", "bottom")}
 
     with torch.no_grad():

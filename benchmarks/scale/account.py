@@ -1,7 +1,8 @@
 """What one round of a model does, counted by playing it: operations, and every collective with its size.
 
 The trainer's own plays run on the `meta` device, which has shapes and no memory, in a process group that pretends to
-have two ranks. Once with one example a rank and once with two: what grows is per example, the rest is fixed.
+have two ranks. Once with one example a rank and once with two: what grows is per example, the rest is fixed. Once more
+without a group, because some layers have other kernels on one rank.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from dgm_core.training.trainer import Trainer
 WORLD = 2  # ranks that are pretended: the fewest that communicate
 CPU_RANDOM_STATE, GPU_RANDOM_STATE = 5056, 16  # bytes of torch's two generators, which a checkpoint has of every rank
 GRADIENTS = "gradients"
+BACKWARD = "the gradient of batch statistics"
 
 
 @dataclass(frozen=True)
 class Message:
-    """Collectives of one size that one place in the code starts, in one round."""
+    """Collectives of one size that one place in the code starts, in one round; a broadcast counts as an all-reduce."""
 
     place: str  # GRADIENTS, or the module and function that asks
     fixed: float  # bytes
@@ -59,7 +61,8 @@ class Account:
     once: tuple[Message, ...]  # when a turn without players opens: its statistics
     flops_per_example: float  # of the global batch, all plays of a round
     flops_fixed: float  # a round's, however many examples: Gibbs chains
-    kernels: float  # a round's, on one rank, the optimiser's step counting one
+    kernels: float  # a round's, on each of several ranks, the optimiser's step counting one
+    kernels_alone: float  # on one rank
     model_bytes: int  # parameters, buffers and chains: `best.pt`
     optimiser_bytes: int
     average_bytes: int
@@ -99,8 +102,9 @@ def pretend(world: int = WORLD) -> Iterator[None]:
 class Recorder(TorchDispatchMode):
     """Counts kernels and operations, and notes every all-reduce and broadcast with the place that asks for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pretended: bool = True) -> None:
         super().__init__()
+        self.pretended = pretended
         self.flops = self.kernels = 0
         self.calls: list[tuple[str, int]] = []
         self.paused = False
@@ -108,23 +112,29 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.namespace == "c10d":
+        if self.paused:
+            return out
+        is_message, is_view, formula = _kind(func)
+        if is_message:
             tensors = args[0] if isinstance(args[0], list | tuple) else [args[0]]
             self.calls += [(_place(), t.nbytes) for t in tensors]
-            if "allreduce" in str(func):  # the others hold what this rank holds, so that counts of rows are right
+            if self.pretended and "allreduce" in str(
+                func
+            ):  # the others hold what this rank holds, so that counts of rows are right
                 for t in tensors:
                     t.mul_(distributed.world_size())
-        elif not self.paused:
-            self.kernels += not _is_view(func)
-            if (formula := flop_registry.get(func.overloadpacket)) is not None:
-                self.flops += formula(*args, **kwargs, out_val=out)
+        self.kernels += not (is_message or is_view)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
 
 @functools.cache
-def _is_view(func: Any) -> bool:
+def _kind(func: Any) -> tuple[bool, bool, Callable[..., int] | None]:
+    """Whether it is a collective, whether it only looks at what is there, and how many operations it is."""
     returned = [r.alias_info for r in func._schema.returns]
-    return bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+    is_view = bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+    return func.namespace == "c10d", is_view, flop_registry.get(func.overloadpacket)
 
 
 def _place() -> str:
@@ -140,7 +150,7 @@ def _place() -> str:
                 return GRADIENTS
             own = "/".join(path.parts[path.parts.index("dgm_core") + 1 :])
             asks = frame.f_code.co_qualname if not frame.f_code.co_name.startswith("<") else own
-            return "the gradient of batch statistics" if within == "backward" else f"{asks} ({own})"
+            return BACKWARD if within == "backward" else f"{asks} ({own})"
         frame = frame.f_back
     return "elsewhere"
 
@@ -159,7 +169,9 @@ def account(
         build: makes the model, on the default device.
         device: `cpu` for models whose plays read sizes from the device.
     """
-    small, large = (_one_round(build, recipe, data, device, examples) for examples in (1, 2))
+    with pretend():
+        small, large = (_one_round(build, recipe, data, device, examples) for examples in (1, 2))
+    alone = _one_round(build, recipe, data, device, 2)
     trainer, plays = large.trainer, large.plays
     per_turn = [_messages(a, b, plays[n]) for n, a, b in zip(plays, small.calls, large.calls, strict=True)]
     slope = large.flops - small.flops  # of one example more on this rank
@@ -178,6 +190,7 @@ def account(
         flops_per_example=slope,
         flops_fixed=WORLD * fixed,  # chains: a rank holds its share of them
         kernels=large.kernels,
+        kernels_alone=alone.kernels,
         model_bytes=sum(t.nbytes * (WORLD if n in model.chains else 1) for n, t in model.state_dict().items()),
         optimiser_bytes=sum(tensor_bytes(s["optimizer"]) for s in states),
         average_bytes=sum(tensor_bytes(s["average"]) for s in states),
@@ -201,33 +214,30 @@ def _one_round(
 ) -> _Round:
     # Clipping is a few kernels on a GPU and a loop here.
     unclipped = {name: {"clip_norm": None, "clip_value": None} for name in recipe.optimizers}
-    recipe = recipe.merged({"batch_size": WORLD * examples, "optimizers": unclipped, "microbatch": None})
-    with pretend():
-        with torch.device(device):
-            model = build()
-        source = Examples(data, 8 * WORLD * examples, device)
-        trainer = _Metered(model, recipe, source, device=device)
-        trainer.model.train()
-        trainer._open_window()
-        found = _Round(trainer, {}, [], [], 0.0, 0.0)
-        for turn in trainer.turns:
-            if not turn.players:
-                found.once += _opening(build, turn, data, WORLD * examples)
-            recorder = Recorder()
-            _pause_while_stepping(trainer, recorder)
-            with recorder:
-                trainer._play(turn, Clock(0, recipe.steps))
-            share = turn.repeat / turn.every * (turn.window[1] - turn.window[0])
-            found.plays[turn.name] = share
-            found.calls.append(recorder.calls)
-            found.flops += share * recorder.flops
-            found.kernels += share * (recorder.kernels + len(turn.players))
+    size = distributed.world_size() * examples
+    recipe = recipe.merged({"batch_size": size, "optimizers": unclipped, "microbatch": None})
+    with torch.device(device):
+        model = build()
+    trainer = _Metered(model, recipe, Examples(data, 8 * size, device), device=device)
+    trainer.model.train()
+    trainer._open_window()
+    found = _Round(trainer, {}, [], [], 0.0, 0.0)
+    for turn in trainer.turns:
+        if not turn.players:
+            found.once += _opening(build, turn, data, size)
+        recorder = Recorder()
+        _pause_while_stepping(trainer, recorder)
+        with recorder:
+            trainer._play(turn, Clock(0, recipe.steps))
+        share = turn.repeat / turn.every * (turn.window[1] - turn.window[0])
+        found.plays[turn.name] = share
+        found.calls.append(recorder.calls)
+        found.flops += share * recorder.flops
+        found.kernels += share * (recorder.kernels + len(turn.players))
     return found
 
 
-def _opening(
-    build: Callable[[], GenerativeModel], turn: Turn, data: DataSpec, examples: int
-) -> list[tuple[str, int]]:
+def _opening(build: Callable[[], GenerativeModel], turn: Turn, data: DataSpec, examples: int) -> list[tuple[str, int]]:
     """What a turn that is settled when it opens sends then."""
     model, recorder = build(), Recorder()
     with torch.no_grad(), recorder:
@@ -242,12 +252,10 @@ def _pause_while_stepping(trainer: Trainer, recorder: Recorder) -> None:
         player.optimizer.register_step_post_hook(lambda *_: setattr(recorder, "paused", False))
 
 
-def _messages(
-    small: Sequence[tuple[str, int]], large: Sequence[tuple[str, int]], plays: float
-) -> Iterator[Message]:
+def _messages(small: Sequence[tuple[str, int]], large: Sequence[tuple[str, int]], plays: float) -> Iterator[Message]:
     if [place for place, _ in small] != [place for place, _ in large]:
         raise RuntimeError(
-            "the same turn made other collectives with another batch size: a turn's collectives never depend on the data"
+            "a turn made other collectives with another batch size; which they are must not depend on the data"
         )
     for (place, a), (_, b) in zip(small, large, strict=True):
         per_example = (b - a) / WORLD

@@ -42,7 +42,7 @@ CONSTANTS: Mapping[str, Constant] = MappingProxyType(
         "DISK": Constant(1e9, "B/s", "written to a node's disk, flushed"),
         "LOG_EVERY": Constant(50, "rounds", "`cluster.log_every`"),
         "CHECKPOINT_SECONDS": Constant(120, "s", "`cluster.checkpoint_seconds`"),
-        "EVALUATE_EVERY": Constant(1000, "rounds", "`recipe.evaluate_every`, assumed; the papers' recipes validate at the end only"),
+        "EVALUATE_EVERY": Constant(1000, "rounds", "`recipe.evaluate_every`, assumed; by default at the end only"),
         "REPORT_SECONDS": Constant(10, "s", "`cluster.report_seconds`: least time between a worker's reports"),
     }
 )
@@ -90,7 +90,8 @@ class Round:
     launching: float  # beyond the arithmetic, where there are more kernels than work
     gradients: float
     statistics: float
-    latency: float  # of gradients + statistics, what messages of no length would take
+    gradients_latency: float  # what messages of no length would take
+    statistics_latency: float
     reading: float
     logging: float
     checkpoint: float
@@ -122,12 +123,11 @@ class Round:
     @property
     def causes(self) -> dict[str, float]:
         """Seconds lost to each, largest first."""
-        short = self.latency / self.communication if self.communication else 0.0
         lost = {
             "launching": self.launching,
             "statistics": self.statistics,
-            "latency": self.gradients * short,
-            "bandwidth": self.gradients * (1 - short),
+            "latency": self.gradients_latency,
+            "bandwidth": self.gradients - self.gradients_latency,
             "reading": self.reading,
             "logging": self.logging,
             "checkpoint": self.checkpoint,
@@ -146,21 +146,33 @@ def round_on(world: int, batch: int, a: Account, core: Core, validation: float) 
     gpu = value("GPU_FP32" if a.precision == "fp32" else "GPU_BF16")
     flops = a.flops_per_example * examples + a.flops_fixed / world
     arithmetic = flops * core.seconds_per_flop * core.matmul / gpu
-    times = {True: 0.0, False: 0.0}
-    latency = 0.0
+    times, latency = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
     for m in a.messages:
         times[m.place == GRADIENTS] += m.count * all_reduce(m.bytes(batch), world)
-        latency += m.count * all_reduce(0, world)
-    compute = max(arithmetic, a.kernels * value("KERNEL"))
+        latency[m.place == GRADIENTS] += m.count * all_reduce(0, world)
+    compute = max(arithmetic, (a.kernels if world > 1 else a.kernels_alone) * value("KERNEL"))
     reading = sum(a.plays.values()) * examples * core.read_seconds
     logging = LOG_MESSAGES * all_reduce(8, world) / value("LOG_EVERY")
     so_far = compute + sum(times.values()) + reading + logging
     saving = a.checkpoint_bytes / value("DISK")
     return Round(
-        world, examples, arithmetic, compute - arithmetic, times[True], times[False], min(latency, sum(times.values())),
+        world, examples, arithmetic, compute - arithmetic, times[True], times[False], latency[True], latency[False],
         reading, logging, so_far * saving / value("CHECKPOINT_SECONDS"),
         validation / value("EVALUATE_EVERY") if world > 1 else 0.0,
     )  # fmt: skip
+
+
+def validation_seconds(a: Account, work: Mapping[str, float]) -> dict[str, float]:
+    """Of scoring and of drawing on one GPU, from their kernels and operations."""
+    gpu = value("GPU_FP32" if a.precision == "fp32" else "GPU_BF16")
+    return {
+        part: max(work[f"{part}_kernels"] * value("KERNEL"), work[f"{part}_flops"] / gpu) for part in ("score", "draw")
+    }
+
+
+def fetching(nbytes: float, world: int) -> float:
+    """Seconds until every node has a data set of `nbytes`, all fetching it at once, a stream each."""
+    return max(nbytes / value("STORE_STREAM"), nbytes * math.ceil(world / NODE) / value("STORE_TOTAL"))
 
 
 def two_workers(half: float, messages: list[tuple[float, float]], hop: float, bandwidth: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import tempfile
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.scale.account import Account, Recorder
-from benchmarks.scale.cost import value
 from benchmarks.scale.settings import Examples, Setting
+from dgm_core.config import Recipe
 from dgm_core.contract import (
     Batch,
     Clock,
@@ -26,15 +27,19 @@ from dgm_core.contract import (
     HasLikelihood,
     HasPosterior,
 )
-from dgm_core.data.batches import Stream
-from dgm_core.data.shards import write_dataset
+from dgm_core.data.batches import Stream, one_pass
+from dgm_core.data.shards import Dataset, write_dataset
 from dgm_core.models.autoregressive.base import RasterModel
 from dgm_core.training.trainer import Trainer, TrainingData
 
 ROUNDS = 4  # the first is not counted
-BUDGET = 2.0  # seconds that a round may be expected to take
+BUDGET = 1.0  # seconds that a round may be expected to take
 TOO_SLOW = 8.0  # seconds that a round of the fewest examples may be expected to take at most
-VALIDATED, GRID = 1000, 36  # examples that rank 0 scores and pictures that it draws: `pipelines.train`
+VALIDATED, BATCH, GRID = (
+    1000,
+    250,
+    36,
+)  # examples that rank 0 scores, in batches, and pictures that it draws: `pipelines.train`
 
 
 class Timed:
@@ -54,7 +59,21 @@ class Timed:
     def rounds(self, plays: int, skip: int = 1) -> list[float]:
         """Seconds of each whole round after the first `skip`."""
         starts = self.asked[skip * plays :: plays]
-        return [after - before for before, after in zip(starts, starts[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(starts)]
+
+
+class Stored:
+    """The trainer's view of a prepared data set's training split."""
+
+    def __init__(self, dataset: Dataset, recipe: Recipe, seed: int = 0) -> None:
+        self.split = dataset.split("train")
+        self.stream = Stream(self.split, seed=seed, augment=recipe.augment)
+
+    def at(self, position: int, size: int, *, rank: int = 0, world: int = 1) -> Batch:
+        return self.stream.at(position, size, rank=rank, world=world)
+
+    def one_pass(self, size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        return one_pass(self.split, size, rank=rank, world=world)
 
 
 def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
@@ -63,7 +82,7 @@ def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
     times = []
     for _ in range(repeats):
         start = time.process_time()
-        a @ a
+        torch.mm(a, a)
         times.append(time.process_time() - start)
     return 2 * size**3 / statistics.median(times)
 
@@ -102,26 +121,26 @@ def read_seconds(spec: DataSpec, n: int = 128, repeats: int = 5) -> float:
         return statistics.median(times) / n
 
 
-def validation(setting: Setting, precision: str) -> dict[str, float]:
-    """Kernels and operations of a validation on rank 0, and at least how long they take a GPU.
+def validation(setting: Setting) -> dict[str, float]:
+    """Kernels and operations of what rank 0 does while the others wait: scoring, and drawing the grid of samples.
 
     Scoring counts one pass of the loss over each example, where anything is scored at all; annealed importance
     sampling and bounds of many samples come on top.
     """
     with torch.device("meta"):
         model = setting.build().eval()
-        batch = Examples(setting.spec, 10, "meta").whole
+        batch = Examples(setting.spec, BATCH, "meta").whole
         score = Recorder()
         with torch.no_grad(), score:
             model.loss(batch, model.turns()[-1].name, Clock(0, 1))
         kernels, flops = _grid(setting, model)
     scored = VALIDATED if isinstance(model, HasLikelihood | HasPosterior | HasCodes | HasEnergy) else 0
-    passes = scored / 250  # batches
-    gpu = value("GPU_FP32" if precision == "fp32" else "GPU_BF16")
-    launch = value("KERNEL")
-    scoring = max(passes * score.kernels * launch, scored * score.flops / 10 / gpu)
-    drawing = max(kernels * launch, flops / gpu)
-    return {"seconds": scoring + drawing, "scoring": scoring, "drawing": drawing, "kernels": kernels}
+    return {
+        "score_kernels": scored / BATCH * score.kernels,
+        "score_flops": scored / BATCH * score.flops,
+        "draw_kernels": kernels,
+        "draw_flops": flops,
+    }
 
 
 def _grid(setting: Setting, model: GenerativeModel) -> tuple[float, float]:
