@@ -58,7 +58,7 @@ class Linear(GenerativeModel):
     tiny = defaults
 
     def players(self) -> Mapping[str, Sequence[nn.Parameter]]:
-        return {"a": [self.a.weight], "b": [self.b]}
+        return {"a": list(self.a.parameters()), "b": [self.b]}
 
     def turns(self) -> Sequence[Turn]:
         return [Turn("a", ("a",), every=2, repeat=3), Turn("b", ("b",))]
@@ -129,7 +129,7 @@ def test_gradients_travel_in_buckets_of_25_mib() -> None:
             self.c = nn.Parameter(torch.ones(5 * 2**20))
 
         def players(self) -> Mapping[str, Sequence[nn.Parameter]]:
-            return {"a": [self.a.weight], "b": [self.b, self.c]}
+            return {"a": list(self.a.parameters()), "b": [self.b, self.c]}
 
         def loss(self, batch: Batch, turn: str, clock: Clock) -> Loss:
             value = super().loss(batch, turn, clock).value
