@@ -532,6 +532,7 @@ def wait_until(ready: Any, seconds: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_search_killed_in_the_middle_goes_on_and_leaves_nothing(project: Path) -> None:
     """On a cluster that outlives it: SIGKILL after the second trial, then the rest; nothing is done twice."""
@@ -582,6 +583,7 @@ def test_a_search_killed_in_the_middle_goes_on_and_leaves_nothing(project: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_population_hands_on_states_and_settings(project: Path) -> None:
     """Single processes: the worst takes over the best's settings; the winner is trained anew beside the default."""
