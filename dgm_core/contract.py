@@ -45,6 +45,7 @@ class DataSpec:
     classes: int = 0
     class_shares: tuple[float, ...] = ()  # the training split's label marginals; uniform if empty
     context: Mapping[str, DataSpec] = field(default_factory=dict)  # further inputs that come with each example
+    density: Mapping[str, Any] = field(default_factory=dict)  # what it was drawn from, if known: `densities.named(**…)`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
@@ -76,7 +77,7 @@ class DataSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the inverse of `from_dict`."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        lists = {"shape": list(self.shape), "class_shares": list(self.class_shares)}
+        lists = {"shape": list(self.shape), "class_shares": list(self.class_shares), "density": dict(self.density)}
         return {**plain, **lists, "context": {name: spec.to_dict() for name, spec in self.context.items()}}
 
     @classmethod
@@ -235,113 +236,3 @@ class GenerativeModel(nn.Module, ABC):
         """Names and defaults of the options that this model's `sample` takes."""
         parameters = inspect.signature(cls.sample).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
-class HasLikelihood(ABC):
-    """Models whose log-likelihood, or a lower bound of it, can be computed."""
-
-    exact: bool  # of the instance: False if `log_prob` is a lower bound
-
-    @abstractmethod
-    def log_prob(
-        self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}, *, samples: int = 1
-    ) -> Float[Tensor, " B"]:
-        """Nats of the stored data. Where not exact: the ELBO at one sample, importance-weighted above."""
-
-
-class HasPosterior(ABC):
-    """Models with an amortised posterior q(z | x)."""
-
-    @abstractmethod
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> torch.distributions.Distribution:
-        """q(z | x), event of size `latents`."""
-
-    @abstractmethod
-    def kl(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B latents"]:
-        """KL(q(z | x) ‖ p(z)) a latent dimension, in nats."""
-
-
-class HasDecoder(ABC):
-    """Models that map a latent to data."""
-
-    @abstractmethod
-    def draw_latent(self, n: int) -> Tensor:
-        """(n, *latent) from the prior."""
-
-    @abstractmethod
-    def decode(
-        self, z: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
-    ) -> Float[Tensor, " B *shape"]:
-        """The mean, float, in data units (`sample` is a draw)."""
-
-
-class HasCodes(ABC):
-    """Models with discrete latents that become a data set for a prior."""
-
-    @abstractmethod
-    def code_specs(self) -> Mapping[str, DataSpec]:
-        """Level -> what its codes are, coarsest first; a finer level carries the coarser ones as context."""
-
-    @abstractmethod
-    def codes(self, x: Tensor, y: Tensor | None = None) -> Mapping[str, Int[Tensor, " B *grid"]]:
-        """Level -> code indices."""
-
-    @abstractmethod
-    def decode_codes(
-        self, codes: Mapping[str, Tensor], y: Tensor | None = None, context: Mapping[str, Tensor] = {}
-    ) -> Float[Tensor, " B *shape"]:
-        """The mean given the codes, float, in data units."""
-
-
-class AnnealedChain(ABC):
-    """A Markov chain at one inverse temperature, on the model's own kind of state."""
-
-    @abstractmethod
-    def free_energy(self, state: Tensor) -> Float[Tensor, " B"]:
-        """Of the unnormalised density exp(−F) at this temperature."""
-
-    @abstractmethod
-    def gibbs(self, state: Tensor) -> Tensor:
-        """One transition that leaves exp(−F) invariant."""
-
-
-class HasEnergy(ABC):
-    """Models with an unnormalised density exp(−F(x))."""
-
-    @abstractmethod
-    def free_energy(self, x: Tensor) -> Float[Tensor, " B"]:
-        """F(x), with log p(x) = −F(x) − log Z."""
-
-    @abstractmethod
-    def exact_log_z(self) -> Tensor | None:
-        """log Z by enumeration, or None where the model is too large for it."""
-
-    @abstractmethod
-    def annealed(self, beta: float) -> AnnealedChain:
-        """The chain at inverse temperature `beta`: at 0 a base whose log Z and samples are known, at 1 the model."""
-
-    @abstractmethod
-    def base_log_z(self) -> Tensor:
-        """log Z of `annealed(0)`."""
-
-    @abstractmethod
-    def base_sample(self, n: int) -> Tensor:
-        """Exact draws of `annealed(0)`'s state."""
-
-
-class HasCompletion(ABC):
-    """Models that fill in what is not observed."""
-
-    @abstractmethod
-    def complete(
-        self, x: Tensor, observed: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
-    ) -> Tensor:
-        """`x` with the coordinates where `observed` is False drawn given the others, in data units."""
-
-
-class HasReparametrizedSample(ABC):
-    """Models that can be fitted to an energy by reverse KL, with no data."""
-
-    @abstractmethod
-    def rsample_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
-        """Differentiable draws (n, *shape) and their log-densities (n,)."""

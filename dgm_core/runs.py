@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dgm_core.capabilities import HasCodes
 from dgm_core.config import Recipe
-from dgm_core.contract import DataSpec, GenerativeModel, HasCodes
+from dgm_core.contract import DataSpec, GenerativeModel
 from dgm_core.models import CATALOG
 from dgm_core.models.two_stage import TwoStage
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from dgm_core import runs
-from dgm_core.contract import Batch, DataSpec, HasCodes
+from dgm_core.capabilities import HasCodes
+from dgm_core.contract import Batch, DataSpec
 from dgm_core.data.shards import SPLITS, Dataset, open_dataset, write_dataset
 from pipelines import state
 from pipelines.cluster import connected, device, keep_parts

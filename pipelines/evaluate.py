@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from dgm_core import runs
-from dgm_core.contract import HasCodes
+from dgm_core.capabilities import HasCodes
 from dgm_core.data.batches import one_pass
 from dgm_core.data.display import display_of
 from dgm_core.data.shards import open_dataset

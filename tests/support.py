@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgm_core.contract import Batch, DataMismatch, DataSpec, GenerativeModel
+from dgm_core.data import densities
 from dgm_core.distributed import share
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 # One of each way that data can look; a model is tested on all that it accepts.
 SPECS: dict[str, DataSpec] = {
     "real_vector": DataSpec("vector", (2,), None),
+    "energy": DataSpec("vector", (2,), None, density={"name": "u2"}),
     "binary_vector": DataSpec("vector", (6,), 2),
     "binary_image": DataSpec("image", (1, 8, 8), 2, classes=2),
     "grey_image": DataSpec("image", (1, 8, 8), 256, classes=2),
@@ -42,6 +45,8 @@ def accepted(model: type[GenerativeModel]) -> list[str]:
     """Names in SPECS of the data that the model takes."""
     names = []
     for name, spec in SPECS.items():
+        if spec.density and "real_vector" in names and model.tiny(spec) == model.tiny(SPECS["real_vector"]):
+            continue  # only reverse KL has a use for the density; without it this is a real vector like another
         with contextlib.suppress(DataMismatch), torch.device("meta"):
             model(model.tiny(spec)[0], spec)
             names.append(name)
@@ -53,7 +58,9 @@ def examples(spec: DataSpec, n: int, seed: int = 0) -> Batch:
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(0, 2, (n,), generator=g)
     context = {name: _level(inner, y, g) for name, inner in spec.context.items()}
-    if spec.levels is None:
+    if spec.density:
+        x = torch.from_numpy(densities.named(**spec.density).sample(n, np.random.default_rng(seed)))
+    elif spec.levels is None:
         centres = torch.tensor([[2.0] * spec.dims, [-2.0] * spec.dims])
         x = centres[y] + 0.3 * torch.randn(n, spec.dims, generator=g)
         x = x.reshape(n, *spec.shape)

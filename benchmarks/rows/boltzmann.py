@@ -10,7 +10,8 @@ import torch
 
 from benchmarks import fit
 from benchmarks.rows import Figure, Measured, at_least, real_data, row
-from dgm_core.contract import GenerativeModel, HasLikelihood
+from dgm_core.capabilities import HasLikelihood
+from dgm_core.contract import GenerativeModel
 
 EPOCH = 600  # batches of 100 in 60,000 examples
 PYDEEP = "PyDeep's documentation"

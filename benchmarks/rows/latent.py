@@ -12,8 +12,9 @@ from torch import Tensor
 from benchmarks import fit
 from benchmarks.rows import Figure, Measured, at_least, at_most, real_data, row
 from dgm_core import runs
+from dgm_core.capabilities import HasLikelihood
 from dgm_core.config import Recipe
-from dgm_core.contract import GenerativeModel, HasLikelihood
+from dgm_core.contract import GenerativeModel
 from dgm_core.data.batches import one_pass
 from dgm_core.data.shards import Dataset, open_dataset
 from dgm_core.evaluation import codes, quality

@@ -16,17 +16,9 @@ from torch import Tensor
 
 from benchmarks.scale.account import Account, Recorder
 from benchmarks.scale.settings import Examples, Setting
+from dgm_core.capabilities import HasCodes, HasEnergy, HasLikelihood, HasPosterior
 from dgm_core.config import Recipe
-from dgm_core.contract import (
-    Batch,
-    Clock,
-    DataSpec,
-    GenerativeModel,
-    HasCodes,
-    HasEnergy,
-    HasLikelihood,
-    HasPosterior,
-)
+from dgm_core.contract import Batch, Clock, DataSpec, GenerativeModel
 from dgm_core.data.batches import Stream, one_pass
 from dgm_core.data.shards import Dataset, write_dataset
 from dgm_core.models.autoregressive.base import RasterModel

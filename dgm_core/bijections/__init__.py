@@ -1,6 +1,6 @@
 """Invertible maps that know their Jacobian's determinant."""
 
-from dgm_core.bijections.base import Bijection, Chain, no_log_det, promote
+from dgm_core.bijections.base import Bijection, Chain, Context, no_log_det, promote, steer
 from dgm_core.bijections.coupling import (
     BoundedAffine,
     ChannelCoupling,
@@ -19,6 +19,7 @@ __all__ = [
     "BoundedAffine",
     "Chain",
     "ChannelCoupling",
+    "Context",
     "FactorOut",
     "Flatten",
     "MaskedCoupling",
@@ -31,4 +32,5 @@ __all__ = [
     "half_mask",
     "no_log_det",
     "promote",
+    "steer",
 ]

@@ -18,15 +18,22 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+Context = Tensor | None  # (B, features): what the map is conditioned on, a label or what an encoder saw
+
+
 class Bijection(nn.Module, ABC):
-    """z = f(x), with log |det ∂z/∂x|."""
+    """z = f(x; context), with log |det ∂z/∂x|. A map that has no use for a context ignores it."""
 
     @abstractmethod
-    def forward(self, x: Float[Tensor, " B *event"]) -> tuple[Float[Tensor, " B *latent"], Float[Tensor, " B"]]:
+    def forward(
+        self, x: Float[Tensor, " B *event"], context: Context = None
+    ) -> tuple[Float[Tensor, " B *latent"], Float[Tensor, " B"]]:
         """f(x) and log |det ∂f/∂x|."""
 
     @abstractmethod
-    def inverse(self, z: Float[Tensor, " B *latent"]) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
+    def inverse(
+        self, z: Float[Tensor, " B *latent"], context: Context = None
+    ) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
         """f⁻¹(z) and log |det ∂f⁻¹/∂z|."""
 
 
@@ -37,20 +44,29 @@ class Chain(Bijection):
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
-    def forward(self, x: Float[Tensor, " B *event"]) -> tuple[Float[Tensor, " B *latent"], Float[Tensor, " B"]]:
+    def forward(
+        self, x: Float[Tensor, " B *event"], context: Context = None
+    ) -> tuple[Float[Tensor, " B *latent"], Float[Tensor, " B"]]:
         log_det = no_log_det(x)
         for part in self.parts:
-            x, more = part(x)
+            x, more = part(x, context)
             log_det = log_det + more
         return x, log_det
 
-    def inverse(self, z: Float[Tensor, " B *latent"]) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
+    def inverse(
+        self, z: Float[Tensor, " B *latent"], context: Context = None
+    ) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
         log_det = no_log_det(z)
         for part in reversed(self.parts):
             assert isinstance(part, Bijection)
-            z, more = part.inverse(z)
+            z, more = part.inverse(z, context)
             log_det = log_det + more
         return z, log_det
+
+
+def steer(net: nn.Module, x: Tensor, context: Context) -> Tensor:
+    """What a network says of x, and of the context if there is one: `net(x)` or `net(x, context)`."""
+    return net(x) if context is None else net(x, context)
 
 
 def promote(x: Tensor) -> Tensor:

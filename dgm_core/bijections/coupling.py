@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dgm_core.bijections.base import Bijection, promote
+from dgm_core.bijections.base import Bijection, Context, promote, steer
 from dgm_core.shapes import sum_event
 
 if TYPE_CHECKING:
@@ -73,12 +73,16 @@ class MaskedCoupling(Bijection):
         self.register_buffer("mask", mask, persistent=False)
         self.net, self.transformer = net, transformer
 
-    def forward(self, x: Float[Tensor, " B *event"]) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
-        z, log_slope = self.transformer(x, self.net(x * self.mask), 1 - self.mask)
+    def forward(
+        self, x: Float[Tensor, " B *event"], context: Context = None
+    ) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
+        z, log_slope = self.transformer(x, steer(self.net, x * self.mask, context), 1 - self.mask)
         return z, sum_event(log_slope)
 
-    def inverse(self, z: Float[Tensor, " B *event"]) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
-        x, log_slope = self.transformer.inverse(z, self.net(z * self.mask), 1 - self.mask)
+    def inverse(
+        self, z: Float[Tensor, " B *event"], context: Context = None
+    ) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
+        x, log_slope = self.transformer.inverse(z, steer(self.net, z * self.mask, context), 1 - self.mask)
         return x, sum_event(log_slope)
 
 
@@ -94,14 +98,18 @@ class ChannelCoupling(Bijection):
         super().__init__()
         self.net, self.transformer, self.swap = net, transformer, swap
 
-    def forward(self, x: Float[Tensor, " B C *grid"]) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
+    def forward(
+        self, x: Float[Tensor, " B C *grid"], context: Context = None
+    ) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
         passed, moved = self._halves(x)
-        moved, log_slope = self.transformer(moved, self.net(passed))
+        moved, log_slope = self.transformer(moved, steer(self.net, passed, context))
         return self._join(passed, moved), sum_event(log_slope)
 
-    def inverse(self, z: Float[Tensor, " B C *grid"]) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
+    def inverse(
+        self, z: Float[Tensor, " B C *grid"], context: Context = None
+    ) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
         passed, moved = self._halves(z)
-        moved, log_slope = self.transformer.inverse(moved, self.net(passed))
+        moved, log_slope = self.transformer.inverse(moved, steer(self.net, passed, context))
         return self._join(passed, moved), sum_event(log_slope)
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:

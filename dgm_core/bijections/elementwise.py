@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgm_core.bijections.base import Bijection, promote
+from dgm_core.bijections.base import Bijection, Context, promote
 from dgm_core.shapes import sum_event
 
 if TYPE_CHECKING:
@@ -23,12 +23,16 @@ class ScaledLogit(Bijection):
         super().__init__()
         self.levels, self.alpha = levels, alpha
 
-    def forward(self, x: Float[Tensor, " B *event"]) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
+    def forward(
+        self, x: Float[Tensor, " B *event"], context: Context = None
+    ) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
         p = self.alpha + (1 - 2 * self.alpha) * promote(x) / self.levels
         z = p.log() - (-p).log1p()
         return z, sum_event(self._log_slope(z))
 
-    def inverse(self, z: Float[Tensor, " B *event"]) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
+    def inverse(
+        self, z: Float[Tensor, " B *event"], context: Context = None
+    ) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
         z = promote(z)
         x = (z.sigmoid() - self.alpha) * (self.levels / (1 - 2 * self.alpha))
         return x, -sum_event(self._log_slope(z))
@@ -54,11 +58,15 @@ class Standardize(Bijection):
         self.shift.copy_(mean)
         self.scale.copy_(torch.where(variance > 0, variance, 1).sqrt())
 
-    def forward(self, x: Float[Tensor, " B C *grid"]) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
+    def forward(
+        self, x: Float[Tensor, " B C *grid"], context: Context = None
+    ) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
         z = (promote(x) - _lift(self.shift, x)) / _lift(self.scale, x)
         return z, -_total(self.scale.log(), x)
 
-    def inverse(self, z: Float[Tensor, " B C *grid"]) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
+    def inverse(
+        self, z: Float[Tensor, " B C *grid"], context: Context = None
+    ) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
         x = promote(z) * _lift(self.scale, z) + _lift(self.shift, z)
         return x, _total(self.scale.log(), z)
 
@@ -80,7 +88,9 @@ class BatchNormalization(Bijection):
         self.moments = moments
         self.lag, self.eps = lag, eps
 
-    def forward(self, x: Float[Tensor, " B C *grid"]) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
+    def forward(
+        self, x: Float[Tensor, " B C *grid"], context: Context = None
+    ) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
         mean, var = self.moments(x)
         if self.training and self.lag:
             mean = torch.lerp(mean, self._running("running_mean"), self.lag)
@@ -88,7 +98,9 @@ class BatchNormalization(Bijection):
         z = (promote(x) - _lift(mean, x)) * _lift((var + self.eps).rsqrt(), x)
         return z, _total(-0.5 * (var + self.eps).log(), x)
 
-    def inverse(self, z: Float[Tensor, " B C *grid"]) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
+    def inverse(
+        self, z: Float[Tensor, " B C *grid"], context: Context = None
+    ) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
         """By the running moments: what a batch's own moments were cannot be known from its normalised values."""
         mean, var = self._running("running_mean"), self._running("running_var")
         x = promote(z) * _lift((var + self.eps).sqrt(), z) + _lift(mean, z)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dgm_core.bijections.base import Bijection, no_log_det
+from dgm_core.bijections.base import Bijection, Context, no_log_det
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -21,12 +21,16 @@ class Squeeze(Bijection):
     """(B, C, H, W) -> (B, 4C, H/2, W/2): each 2 × 2 square becomes four blocks of C channels, in the order upper left,
     upper right, lower left, lower right. Halving the channels thus splits rows, which no checkerboard does."""
 
-    def forward(self, x: Float[Tensor, " B C H W"]) -> tuple[Float[Tensor, " B 4C H/2 W/2"], Float[Tensor, " B"]]:
+    def forward(
+        self, x: Float[Tensor, " B C H W"], context: Context = None
+    ) -> tuple[Float[Tensor, " B 4C H/2 W/2"], Float[Tensor, " B"]]:
         b, c, h, w = x.shape
         squares = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)
         return squares.reshape(b, 4 * c, h // 2, w // 2), no_log_det(x)
 
-    def inverse(self, z: Float[Tensor, " B 4C H/2 W/2"]) -> tuple[Float[Tensor, " B C H W"], Float[Tensor, " B"]]:
+    def inverse(
+        self, z: Float[Tensor, " B 4C H/2 W/2"], context: Context = None
+    ) -> tuple[Float[Tensor, " B C H W"], Float[Tensor, " B"]]:
         b, c, h, w = z.shape
         squares = z.reshape(b, 2, 2, c // 4, h, w).permute(0, 3, 4, 1, 5, 2)
         return squares.reshape(b, c // 4, 2 * h, 2 * w), no_log_det(z)
@@ -39,10 +43,14 @@ class Flatten(Bijection):
         super().__init__()
         self.shape = shape
 
-    def forward(self, x: Float[Tensor, " B *shape"]) -> tuple[Float[Tensor, " B D"], Float[Tensor, " B"]]:
+    def forward(
+        self, x: Float[Tensor, " B *shape"], context: Context = None
+    ) -> tuple[Float[Tensor, " B D"], Float[Tensor, " B"]]:
         return x.flatten(1), no_log_det(x)
 
-    def inverse(self, z: Float[Tensor, " B D"]) -> tuple[Float[Tensor, " B *shape"], Float[Tensor, " B"]]:
+    def inverse(
+        self, z: Float[Tensor, " B D"], context: Context = None
+    ) -> tuple[Float[Tensor, " B *shape"], Float[Tensor, " B"]]:
         return z.reshape(z.shape[0], *self.shape), no_log_det(z)
 
 
@@ -60,15 +68,19 @@ class FactorOut(Bijection):
         super().__init__()
         self.rest, self.shape = rest, shape
 
-    def forward(self, x: Float[Tensor, " B 4C H W"]) -> tuple[Float[Tensor, " B D"], Float[Tensor, " B"]]:
+    def forward(
+        self, x: Float[Tensor, " B 4C H W"], context: Context = None
+    ) -> tuple[Float[Tensor, " B D"], Float[Tensor, " B"]]:
         first, second, third, fourth = x.chunk(4, 1)
-        coarse, log_det = self.rest(torch.cat([first, fourth], 1))
+        coarse, log_det = self.rest(torch.cat([first, fourth], 1), context)
         return torch.cat([coarse, second.flatten(1), third.flatten(1)], 1), log_det
 
-    def inverse(self, z: Float[Tensor, " B D"]) -> tuple[Float[Tensor, " B 4C H W"], Float[Tensor, " B"]]:
+    def inverse(
+        self, z: Float[Tensor, " B D"], context: Context = None
+    ) -> tuple[Float[Tensor, " B 4C H W"], Float[Tensor, " B"]]:
         quarter = math.prod(self.shape) // 4
         coarse, second, third = z.split([2 * quarter, quarter, quarter], 1)
-        kept, log_det = self.rest.inverse(coarse)
+        kept, log_det = self.rest.inverse(coarse, context)
         first, fourth = kept.chunk(2, 1)
         block = (z.shape[0], self.shape[0] // 4, *self.shape[1:])
         return torch.cat([first, second.reshape(block), third.reshape(block), fourth], 1), log_det

@@ -10,20 +10,33 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dgm_core.contract import DataMismatch
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 _LOG_2PI = math.log(2 * math.pi)
+OPTIONS: dict[str, dict[str, Any]] = {  # density -> its options and their defaults
+    "eight_gaussians": {"modes": 8, "radius": 4.0, "sd": 0.5, "divide": 1.414},  # Grathwohl et al. 2019
+    "ring": {"modes": 8, "radius": 2.0, "sd": 0.02},  # Gulrajani et al. 2017
+    "grid": {"side": 5, "spacing": 2.0, "sd": 0.05},
+    "checkerboard": {},
+    "moons": {"noise": 0.1, "scale": 1.0},
+    "banana": {},
+    "u1": {}, "u2": {}, "u3": {}, "u4": {},
+}  # fmt: skip
 
 
 class Density(ABC):
     """A normalised density on the plane."""
+
+    everywhere: ClassVar[bool] = True  # whether it is positive on the whole plane
 
     @abstractmethod
     def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -36,6 +49,14 @@ class Density(ABC):
     @abstractmethod
     def entropy(self) -> float:
         """Nats."""
+
+    def energy(self, x: Float[Tensor, " B 2"]) -> Float[Tensor, " B"]:
+        """U(x) of the unnormalised density exp(−U): all that variational inference is shown."""
+        return -self.log_prob(x)
+
+    def log_z(self) -> float:
+        """log ∫ exp(−U(x)) dx, nats."""
+        return 0.0
 
     def facts(self) -> dict[str, Any]:
         """What the data set's information records beside the entropy."""
@@ -70,6 +91,8 @@ class Mixture(Density):
 @dataclass(frozen=True)
 class Checkerboard(Density):
     """Uniform on the eight 2 × 2 squares of one colour in [−4, 4]² (Grathwohl et al. 2019)."""
+
+    everywhere = False
 
     def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         column, row = rng.integers(4, size=n), rng.integers(2, size=n)
@@ -252,6 +275,35 @@ def _hermite(count: int) -> tuple[Float[Tensor, " n 2"], Float[Tensor, " n"]]:
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(count))
     weights = weights / weights.sum()
     return torch.cartesian_prod(nodes, nodes), torch.outer(weights, weights).reshape(-1)
+
+
+def named(name: str, **options: Any) -> Density:
+    """The density of that name: what a `density` data set is drawn from, and what reverse KL is fitted to.
+
+    Raises:
+        DataMismatch: no density has that name, or that one has no such option.
+    """
+    if name not in OPTIONS:
+        raise DataMismatch(f"no density is called {name!r}; known: {', '.join(OPTIONS)}")
+    strange = sorted(options.keys() - OPTIONS[name].keys())
+    if strange:
+        told = ", ".join(OPTIONS[name]) or "none"
+        raise DataMismatch(f"density {name!r} has no option {strange[0]!r}; its options: {told}")
+    o = {**OPTIONS[name], **options}
+    match name:
+        case "eight_gaussians":
+            return Mixture(circle(o["modes"], o["radius"] / o["divide"]), o["sd"] / o["divide"])
+        case "ring":
+            return Mixture(circle(o["modes"], o["radius"]), o["sd"])
+        case "grid":
+            return Mixture(grid(o["side"], o["spacing"]), o["sd"])
+        case "checkerboard":
+            return Checkerboard()
+        case "moons":
+            return Moons(o["noise"], o["scale"])
+        case "banana":
+            return Banana()
+    return Energy(int(name[1]))
 
 
 def circle(count: int, radius: float) -> tuple[tuple[float, float], ...]:

@@ -164,7 +164,7 @@ class Standardize(Transform):
     def after(self, data: DataSpec) -> DataSpec:
         if data.levels is not None:
             raise DataMismatch(f"standardize takes real numbers; {_told(data)} is not that; put dequantize before it")
-        return data
+        return replace(data, density={})  # its units are no longer the density's
 
     def record(self, data: DataSpec, moments: Moments | None) -> dict[str, Any]:
         assert moments is not None

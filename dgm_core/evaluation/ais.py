@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dgm_core.contract import HasEnergy
+from dgm_core.capabilities import HasEnergy
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dgm_core.contract import Batch, DataSpec, GenerativeModel, HasCodes
+from dgm_core.capabilities import HasCodes
+from dgm_core.contract import Batch, DataSpec, GenerativeModel
 from dgm_core.evaluation.examples import chunks
 from dgm_core.evaluation.record import Metric
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgm_core.contract import Batch, DataSpec, GenerativeModel, HasCodes, HasDecoder, HasPosterior
+from dgm_core.capabilities import HasCodes, HasDecoder, HasPosterior
+from dgm_core.contract import Batch, DataSpec, GenerativeModel
 from dgm_core.data.display import undo
 from dgm_core.evaluation import figures, quality
 from dgm_core.evaluation.codes import code_metrics, encode, marginal_metric

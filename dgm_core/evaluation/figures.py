@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dgm_core.contract import Batch, DataSpec, GenerativeModel, HasDecoder, HasEnergy, HasLikelihood, HasPosterior
+from dgm_core.capabilities import HasDecoder, HasEnergy, HasLikelihood, HasPosterior
+from dgm_core.contract import Batch, DataSpec, GenerativeModel
 from dgm_core.evaluation.drawing import Display, bars, coloured, grid, overlays, pictures, scatters
 from dgm_core.evaluation.examples import take
 from dgm_core.evaluation.latents import posterior_means

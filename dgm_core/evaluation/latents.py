@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dgm_core.contract import Batch, DataSpec, GenerativeModel, HasCodes, HasDecoder, HasPosterior
+from dgm_core.capabilities import HasCodes, HasDecoder, HasPosterior
+from dgm_core.contract import Batch, DataSpec, GenerativeModel
 from dgm_core.evaluation.examples import chunks, nearest_stored, unit
 from dgm_core.evaluation.judge import Judge
 from dgm_core.evaluation.record import EvaluationConfig, Metric

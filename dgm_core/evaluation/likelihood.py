@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dgm_core.contract import Batch, DataSpec, GenerativeModel, HasEnergy, HasLikelihood
+from dgm_core.capabilities import HasEnergy, HasLikelihood
+from dgm_core.contract import Batch, DataSpec, GenerativeModel
 from dgm_core.data.display import bits_per_dim, log_det
 from dgm_core.evaluation import ais
 from dgm_core.evaluation.examples import chunks

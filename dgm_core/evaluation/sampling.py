@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dgm_core.contract import Batch, DataMismatch, GenerativeModel, HasDecoder
+from dgm_core.capabilities import HasDecoder
+from dgm_core.contract import Batch, DataMismatch, GenerativeModel
 from dgm_core.evaluation.examples import seeded
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from dgm_core.contract import Batch, DataSpec, GenerativeModel, HasCodes, HasPosterior
+from dgm_core.capabilities import HasCodes, HasPosterior
+from dgm_core.contract import Batch, DataSpec, GenerativeModel
 from dgm_core.evaluation import quality
 from dgm_core.evaluation.codes import code_metrics, encode
 from dgm_core.evaluation.examples import quiet, take, unit

@@ -18,18 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from dgm_core.capabilities import HasCodes, HasLikelihood
 from dgm_core.config import Recipe, Strict
-from dgm_core.contract import (
-    Batch,
-    Clock,
-    DataMismatch,
-    DataSpec,
-    GenerativeModel,
-    HasCodes,
-    HasLikelihood,
-    Loss,
-    Turn,
-)
+from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss, Turn
 from dgm_core.distributions.observation import to_stored
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgm_core.contract import AnnealedChain
+from dgm_core.capabilities import AnnealedChain
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -15,18 +15,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dgm_core.capabilities import HasCodes, HasDecoder, HasEnergy, HasLikelihood, HasPosterior
 from dgm_core.config import Recipe
-from dgm_core.contract import (
-    Batch,
-    Clock,
-    DataSpec,
-    GenerativeModel,
-    HasCodes,
-    HasDecoder,
-    HasEnergy,
-    HasLikelihood,
-    HasPosterior,
-)
+from dgm_core.contract import Batch, Clock, DataSpec, GenerativeModel
+from dgm_core.data import densities
 from dgm_core.training import checkpoint
 from dgm_core.training.optimisers import build_players
 from dgm_core.training.trainer import Schedule, Trainer
@@ -323,6 +315,8 @@ def independent_nll(train: Tensor, test: Tensor, spec: DataSpec) -> float:
 
 def known_entropy(spec: DataSpec) -> float:
     """Of `examples`, up to which of the two kinds it is: ln 2 at most."""
+    if spec.density:
+        return densities.named(**spec.density).entropy()
     if spec.levels is None:
         return spec.dims * (0.5 * math.log(2 * math.pi * math.e) + math.log(0.3))
     flips = -(0.05 * math.log(0.05) + 0.95 * math.log(0.95)) if grey_width(spec) == 1 else 0.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dgm_core.contract import DataMismatch, HasLikelihood
+from dgm_core.capabilities import HasLikelihood
+from dgm_core.contract import DataMismatch
 from dgm_core.models import CATALOG
 from dgm_core.nn.norm import Moments
 from tests.contract import checks

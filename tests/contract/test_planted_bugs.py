@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dgm_core import distributed
+from dgm_core.capabilities import HasLikelihood
 from dgm_core.config import Optimizer, Recipe, Strict
-from dgm_core.contract import Batch, Clock, DataSpec, GenerativeModel, HasLikelihood, Loss, Turn
+from dgm_core.contract import Batch, Clock, DataSpec, GenerativeModel, Loss, Turn
 from tests.contract import checks
 from tests.support import SPECS, TwoRanks
 

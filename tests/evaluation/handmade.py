@@ -8,20 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from dgm_core.capabilities import AnnealedChain, HasCodes, HasDecoder, HasEnergy, HasLikelihood, HasPosterior
 from dgm_core.config import Recipe, Strict
-from dgm_core.contract import (
-    AnnealedChain,
-    Batch,
-    Clock,
-    DataSpec,
-    GenerativeModel,
-    HasCodes,
-    HasDecoder,
-    HasEnergy,
-    HasLikelihood,
-    HasPosterior,
-    Loss,
-)
+from dgm_core.contract import Batch, Clock, DataSpec, GenerativeModel, Loss
 
 IMAGES = DataSpec("image", (1, 4, 4), 256, classes=2)
 

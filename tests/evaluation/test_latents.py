@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from dgm_core.contract import Batch, DataSpec, HasPosterior
+from dgm_core.capabilities import HasPosterior
+from dgm_core.contract import Batch, DataSpec
 from dgm_core.evaluation import latents
 from dgm_core.evaluation.record import EvaluationConfig
 from dgm_core.models.latent.ppca import PPCA

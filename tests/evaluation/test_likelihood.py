@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgm_core.contract import Batch, DataSpec, HasLikelihood
+from dgm_core.capabilities import HasLikelihood
+from dgm_core.contract import Batch, DataSpec
 from dgm_core.data.display import bits_per_dim, log_det
 from dgm_core.evaluation.likelihood import importance_weighted, likelihood, mean_and_error
 from dgm_core.evaluation.record import EvaluationConfig

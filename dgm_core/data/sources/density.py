@@ -13,15 +13,6 @@ from dgm_core.data.shards import SPLITS
 from dgm_core.data.sources.base import Amount, Arrays, Map, Part, Plan, Source
 
 _PART = 50_000
-_OPTIONS: dict[str, dict[str, Any]] = {  # density -> its options and their defaults
-    "eight_gaussians": {"modes": 8, "radius": 4.0, "sd": 0.5, "divide": 1.414},  # Grathwohl et al. 2019
-    "ring": {"modes": 8, "radius": 2.0, "sd": 0.02},  # Gulrajani et al. 2017
-    "grid": {"side": 5, "spacing": 2.0, "sd": 0.05},
-    "checkerboard": {},
-    "moons": {"noise": 0.1, "scale": 1.0},
-    "banana": {},
-    "u1": {}, "u2": {}, "u3": {}, "u4": {},
-}  # fmt: skip
 
 
 class DensitySource(Source):
@@ -40,7 +31,7 @@ class DensitySource(Source):
     scale: float | None = Field(None, gt=0)
 
     def plan(self, *, seed: int, map: Map = map, deep: bool = False) -> Plan:  # noqa: A002
-        plan = Plan(spec=DataSpec("vector", (2,), None))
+        plan = Plan(spec=DataSpec("vector", (2,), None, density={"name": self.density, **self._options()}))
         self.embedded(plan)
         try:
             density = self.build()
@@ -62,25 +53,8 @@ class DensitySource(Source):
 
     def build(self) -> densities.Density:
         """The density, with this configuration's options."""
-        known = _OPTIONS[self.density]
-        every = {name for options in _OPTIONS.values() for name in options}
-        given = {name: value for name in every if (value := getattr(self, name)) is not None}
-        strange = sorted(given.keys() - known.keys())
-        if strange:
-            told = ", ".join(known) or "none"
-            raise DataMismatch(f"density {self.density!r} has no option {strange[0]!r}; its options: {told}")
-        o = {**known, **given}
-        match self.density:
-            case "eight_gaussians":
-                return densities.Mixture(densities.circle(o["modes"], o["radius"] / o["divide"]), o["sd"] / o["divide"])
-            case "ring":
-                return densities.Mixture(densities.circle(o["modes"], o["radius"]), o["sd"])
-            case "grid":
-                return densities.Mixture(densities.grid(o["side"], o["spacing"]), o["sd"])
-            case "checkerboard":
-                return densities.Checkerboard()
-            case "moons":
-                return densities.Moons(o["noise"], o["scale"])
-            case "banana":
-                return densities.Banana()
-        return densities.Energy(int(self.density[1]))
+        return densities.named(self.density, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        every = {name for options in densities.OPTIONS.values() for name in options}
+        return {name: value for name in sorted(every) if (value := getattr(self, name)) is not None}

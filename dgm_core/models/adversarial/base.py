@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dgm_core.capabilities import HasDecoder
 from dgm_core.config import Strict
-from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, HasDecoder, Loss, Turn
+from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss, Turn
 from dgm_core.nn.norm import channel_moments, settle, standing_statistics
 
 if TYPE_CHECKING:

@@ -19,17 +19,9 @@ import torch.nn.functional as F
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
+from dgm_core.capabilities import HasCompletion, HasLikelihood
 from dgm_core.config import Strict
-from dgm_core.contract import (
-    Batch,
-    Clock,
-    DataMismatch,
-    DataSpec,
-    GenerativeModel,
-    HasCompletion,
-    HasLikelihood,
-    Loss,
-)
+from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss
 from dgm_core.nn.causal import Pointwise
 from dgm_core.nn.gated import GatedResidual, plain_conv
 from dgm_core.nn.incremental import draw_noise, fill

@@ -38,18 +38,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dgm_core import distributed
+from dgm_core.capabilities import HasCompletion, HasEnergy, HasLikelihood
 from dgm_core.config import Optimizer, Recipe, Strict
-from dgm_core.contract import (
-    Batch,
-    Clock,
-    DataMismatch,
-    DataSpec,
-    GenerativeModel,
-    HasCompletion,
-    HasEnergy,
-    HasLikelihood,
-    Loss,
-)
+from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss
 from dgm_core.nn.rbm import ENUMERABLE, AnnealedLayer, BernoulliLayer, BipartiteLayer, GaussianLayer
 from dgm_core.objectives.contrastive import contrast, run_chain
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgm_core import distributed
+from dgm_core.capabilities import HasCodes
 from dgm_core.config import Strict
-from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, HasCodes, Loss
+from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss
 from dgm_core.distributions.observation import from_network, promote, to_network, to_stored
 from dgm_core.nn.quantiser import CANDIDATES, Estimator, Quantised, VectorQuantiser, pick_rows
 

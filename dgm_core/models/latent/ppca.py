@@ -22,19 +22,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dgm_core import distributed
+from dgm_core.capabilities import HasDecoder, HasLikelihood, HasPosterior
 from dgm_core.config import Recipe, Strict
-from dgm_core.contract import (
-    Batch,
-    Clock,
-    DataMismatch,
-    DataSpec,
-    GenerativeModel,
-    HasDecoder,
-    HasLikelihood,
-    HasPosterior,
-    Loss,
-    Turn,
-)
+from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss, Turn
 
 if TYPE_CHECKING:
     from jaxtyping import Float

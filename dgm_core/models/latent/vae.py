@@ -28,18 +28,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.nn import functional as F
 
+from dgm_core.capabilities import HasDecoder, HasLikelihood, HasPosterior
 from dgm_core.config import Optimizer, Recipe, Strict
-from dgm_core.contract import (
-    Batch,
-    Clock,
-    DataMismatch,
-    DataSpec,
-    GenerativeModel,
-    HasDecoder,
-    HasLikelihood,
-    HasPosterior,
-    Loss,
-)
+from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss
 from dgm_core.distributions.bernoulli import Bernoulli
 from dgm_core.distributions.categorical import Categorical
 from dgm_core.distributions.discretised_logistic import DiscretisedLogistic

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dgm_core.capabilities import HasLikelihood
 from dgm_core.config import Recipe, Strict
-from dgm_core.contract import Clock, DataMismatch, DataSpec, GenerativeModel, HasLikelihood, Loss
+from dgm_core.contract import Clock, DataMismatch, DataSpec, GenerativeModel, Loss
 from dgm_core.models.latent.ppca import PPCA
 from dgm_core.models.latent.vq_vae2 import VQVAE2
 from dgm_core.models.two_stage import TwoStage

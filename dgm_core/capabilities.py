@@ -1,0 +1,140 @@
+"""Capabilities: nominal classes that say what else a model can do; evaluation and tests dispatch on them.
+
+A model inherits from those that it has, and from `GenerativeModel`; nothing asks `hasattr`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dgm_core.contract import DataSpec
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+class HasLikelihood(ABC):
+    """Models whose log-likelihood, or a lower bound of it, can be computed."""
+
+    exact: bool  # of the instance: False if `log_prob` is a lower bound
+
+    @abstractmethod
+    def log_prob(
+        self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}, *, samples: int = 1
+    ) -> Float[Tensor, " B"]:
+        """Nats of the stored data. Where not exact: the ELBO at one sample, importance-weighted above."""
+
+
+class HasPosterior(ABC):
+    """Models with an amortised posterior q(z | x)."""
+
+    @abstractmethod
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> torch.distributions.Distribution:
+        """q(z | x), event of size `latents`."""
+
+    @abstractmethod
+    def kl(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B latents"]:
+        """KL(q(z | x) ‖ p(z)) a latent dimension, in nats."""
+
+
+class HasDecoder(ABC):
+    """Models that map a latent to data."""
+
+    @abstractmethod
+    def draw_latent(self, n: int) -> Tensor:
+        """(n, *latent) from the prior."""
+
+    @abstractmethod
+    def decode(
+        self, z: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
+    ) -> Float[Tensor, " B *shape"]:
+        """The mean, float, in data units (`sample` is a draw)."""
+
+
+class HasInverse(ABC):
+    """Models whose latent is a function of the data, and the data of the latent."""
+
+    @abstractmethod
+    def to_latent(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B D"]:
+        """The z that `decode` turns back into x (one of them, where x is dequantised)."""
+
+    @abstractmethod
+    def inverse_error(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B"]:
+        """Greatest |f⁻¹(f(x)) − x| over an example's coordinates, in data units."""
+
+
+class HasCodes(ABC):
+    """Models with discrete latents that become a data set for a prior."""
+
+    @abstractmethod
+    def code_specs(self) -> Mapping[str, DataSpec]:
+        """Level -> what its codes are, coarsest first; a finer level carries the coarser ones as context."""
+
+    @abstractmethod
+    def codes(self, x: Tensor, y: Tensor | None = None) -> Mapping[str, Int[Tensor, " B *grid"]]:
+        """Level -> code indices."""
+
+    @abstractmethod
+    def decode_codes(
+        self, codes: Mapping[str, Tensor], y: Tensor | None = None, context: Mapping[str, Tensor] = {}
+    ) -> Float[Tensor, " B *shape"]:
+        """The mean given the codes, float, in data units."""
+
+
+class AnnealedChain(ABC):
+    """A Markov chain at one inverse temperature, on the model's own kind of state."""
+
+    @abstractmethod
+    def free_energy(self, state: Tensor) -> Float[Tensor, " B"]:
+        """Of the unnormalised density exp(−F) at this temperature."""
+
+    @abstractmethod
+    def gibbs(self, state: Tensor) -> Tensor:
+        """One transition that leaves exp(−F) invariant."""
+
+
+class HasEnergy(ABC):
+    """Models with an unnormalised density exp(−F(x))."""
+
+    @abstractmethod
+    def free_energy(self, x: Tensor) -> Float[Tensor, " B"]:
+        """F(x), with log p(x) = −F(x) − log Z."""
+
+    @abstractmethod
+    def exact_log_z(self) -> Tensor | None:
+        """log Z by enumeration, or None where the model is too large for it."""
+
+    @abstractmethod
+    def annealed(self, beta: float) -> AnnealedChain:
+        """The chain at inverse temperature `beta`: at 0 a base whose log Z and samples are known, at 1 the model."""
+
+    @abstractmethod
+    def base_log_z(self) -> Tensor:
+        """log Z of `annealed(0)`."""
+
+    @abstractmethod
+    def base_sample(self, n: int) -> Tensor:
+        """Exact draws of `annealed(0)`'s state."""
+
+
+class HasCompletion(ABC):
+    """Models that fill in what is not observed."""
+
+    @abstractmethod
+    def complete(
+        self, x: Tensor, observed: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
+    ) -> Tensor:
+        """`x` with the coordinates where `observed` is False drawn given the others, in data units."""
+
+
+class HasReparametrizedSample(ABC):
+    """Models that can be fitted to an energy by reverse KL, with no data."""
+
+    @abstractmethod
+    def rsample_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
+        """Differentiable draws (n, *shape) and their log-densities (n,)."""
