@@ -7,6 +7,7 @@ a grid of one row; a network whose state is recurrent keeps it in `start`'s memo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
@@ -29,8 +30,8 @@ class Incremental(Protocol[Memory]):
         """Compute what row r needs of the rows above it, all of which are drawn."""
         ...
 
-    def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, " n levels"]:
-        """Logits of channel k of pixel (r, c), all coordinates before it being drawn."""
+    def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, " n params"]:
+        """What `draw` is told of channel k of pixel (r, c), all coordinates before it being drawn: logits, say."""
         ...
 
 
@@ -72,15 +73,19 @@ def fill(
     *,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    draw: Callable[[Tensor, Tensor, float, float], Tensor] = draw_categorical,
 ) -> Int[Tensor, " n C H W"]:
-    """Draw the canvas in place, in order, keeping what is observed."""
+    """Draw the canvas in place, in order, keeping what is observed.
+
+    `draw` makes values of what the network says, of a uniform number each, of the temperature and of `top_p`.
+    """
     _, channels, height, width = canvas.shape
     memory = network.start(canvas, condition)
     for r in range(height):
         network.row(memory, r)
         for c in range(width):
             for k in range(channels):
-                drawn = draw_categorical(network.step(memory, r, c, k), noise[:, k, r, c], temperature, top_p)
+                drawn = draw(network.step(memory, r, c, k), noise[:, k, r, c], temperature, top_p)
                 if observed is not None:
                     drawn = torch.where(observed[:, k, r, c], canvas[:, k, r, c], drawn)
                 canvas[:, k, r, c] = drawn

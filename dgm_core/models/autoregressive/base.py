@@ -1,8 +1,9 @@
-"""Categorical models of grids in raster order: likelihood, cached sampling and completion, written once.
+"""Models of integers in raster order: likelihood, cached sampling and completion, written once.
 
 log p(x | y, context) = Σ_i log p(x_i | x_<i, y, context) over rows, within a row columns, within a pixel channels
-(R → G → B). Every coordinate has a softmax over its levels, computed in single precision or better. Images enter a
-network as intensities scaled to [−1, 1], codes as learnt embeddings (a one-hot code followed by a 1×1 convolution).
+(R → G → B); a sequence or a vector is a grid of one row. Every coordinate has a softmax over its levels, computed in
+single precision or better, unless a model overrides `log_likelihood` and `draw`. Images enter a network as intensities
+scaled to [−1, 1], codes as learnt embeddings (a one-hot code followed by a 1×1 convolution).
 
 A concrete model sets `network` and `conditioner`; the network maps a grid of integers to logits in one pass
 (`forward`) and coordinate by coordinate (`nn.incremental`).
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from dgm_core.config import Strict
 from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss
 from dgm_core.nn.causal import Pointwise
 from dgm_core.nn.gated import GatedResidual, plain_conv
-from dgm_core.nn.incremental import draw_noise, fill
+from dgm_core.nn.incremental import draw_categorical, draw_noise, fill
 from dgm_core.nn.stack import Stack
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ OddKernel = Annotated[int, AfterValidator(_odd)]
 
 
 def grid_shape(data: DataSpec) -> tuple[int, int, int]:
-    """(channels, height, width); codes have one channel."""
-    return data.shape if len(data.shape) == 3 else (1, *data.shape)  # type: ignore[return-value]
+    """(channels, height, width); codes have one channel, sequences and vectors one row as well."""
+    return (*(1,) * (3 - len(data.shape)), *data.shape)  # type: ignore[return-value]
 
 
 class TokenInput(nn.Module):
@@ -134,25 +135,32 @@ def condition_row(condition: Tensor | None, r: int) -> Tensor | None:
     return condition if condition is None or condition.shape[2] == 1 else condition[:, :, r : r + 1]
 
 
+FORMS = {"grid": "images (C, H, W) and codes (H, W)", "sequence": "audio and codes (T,)", "vector": "vectors (D,)"}
+
+
 class RasterModel(GenerativeModel, HasLikelihood, HasCompletion):
-    """The algorithms that follow from a network of categorical conditionals in raster order."""
+    """The algorithms that follow from a network of conditionals in raster order."""
 
     exact = True
+    accepts: ClassVar[tuple[str, ...]] = ("grid",)  # of FORMS
+    most_levels: ClassVar[int] = 256  # of a coordinate that is not a code
     network: Any  # maps (x, condition) to logits (B, C, H, W, levels), and is `nn.incremental.Incremental`
     conditioner: Conditioner
 
     def __init__(self, config: Strict, data: DataSpec) -> None:
         super().__init__(config, data)
         name = type(self).__name__
-        if data.kind not in ("image", "codes") or len(data.shape) == 1:
+        form = data.kind if data.kind == "vector" else "sequence" if len(data.shape) == 1 else "grid"
+        if form not in self.accepts:
+            hint = " A sequence of codes can be stored as a grid of one row, (1, T)." if data.kind == "codes" else ""
             raise DataMismatch(
-                f"{name} models grids of integers: images (C, H, W) and codes (H, W); given: {data.kind} of shape "
-                f"{data.shape}. A sequence of codes can be stored as a grid of one row, (1, T)."
+                f"{name} models integers: {', '.join(FORMS[f] for f in self.accepts)}; given: {data.kind} of shape "
+                f"{data.shape}.{hint}"
             )
-        if data.levels is None or (data.kind == "image" and data.levels > 256):
+        if data.levels is None or (data.kind != "codes" and data.levels > self.most_levels):
             raise DataMismatch(
-                f"{name} has a softmax over an image's levels, of which it accepts 2 to 256; this has {data.levels}. "
-                "Prepare an integer variant of the data set (no dequantisation, 8 bits or fewer)."
+                f"{name} accepts 2 to {self.most_levels} levels; this has {data.levels}. Prepare an integer variant of "
+                "the data set (no dequantisation; mu_law for audio)."
             )
 
     def loss(self, batch: Batch, turn: str, clock: Clock) -> Loss:
@@ -164,9 +172,18 @@ class RasterModel(GenerativeModel, HasLikelihood, HasCompletion):
     ) -> Float[Tensor, " B"]:
         """Nats, exact, given the labels if conditional; `samples` is not needed."""
         grid = self._grid(x)
-        logits = self.network(grid, self.conditioner(grid.shape[0], y, context))
+        return self.log_likelihood(grid, self.network(grid, self.conditioner(grid.shape[0], y, context)))
+
+    def log_likelihood(self, grid: Int[Tensor, " B C H W"], logits: Tensor) -> Float[Tensor, " B"]:
+        """Nats of the grid, from what the network says of it."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return -F.cross_entropy(logits.movedim(-1, 1), grid, reduction="none").flatten(1).sum(1)
+
+    def draw(
+        self, logits: Float[Tensor, " n levels"], uniform: Float[Tensor, " n"], temperature: float, top_p: float
+    ) -> Int[Tensor, " n"]:
+        """Values of one coordinate, from what the network's `step` says of it and a uniform number each."""
+        return draw_categorical(logits, uniform, temperature, top_p)
 
     def sample(
         self,
@@ -233,7 +250,8 @@ class RasterModel(GenerativeModel, HasLikelihood, HasCompletion):
                 context = {name: c.to(self.device) for name, c in context.items()}
                 condition = self.conditioner(canvas.shape[0], y, context)
                 noise = draw_noise(canvas, next(self.parameters()).dtype)
-                fill(self.network, canvas, noise, condition, observed, temperature=temperature, top_p=top_p)
+                options = {"temperature": temperature, "top_p": top_p, "draw": self.draw}
+                fill(self.network, canvas, noise, condition, observed, **options)
         finally:
             self.train(training)
         return canvas.view(canvas.shape[0], *self.data.shape).to(self.data.dtype)
