@@ -51,6 +51,7 @@ def elastic(steps: int) -> list[Row]:
         if stage.wait(LIMIT) != 0:
             raise RuntimeError((folder / "stage.log").read_text()[-3000:])
         problems = state.tracking_problems(runs=1)
+        _say(problems)
     return [
         Row("a node is killed: until training is further than before, on the other", shrunk, 20, False, "s"),
         Row("a node joins: until two workers are further than one was (looked for every 5 s)", grown, None, False, "s"),
@@ -89,6 +90,7 @@ def storage(seconds: float, steps: int) -> list[Row]:
             if stage.wait(LIMIT) != 0:
                 raise RuntimeError((folder / "stage.log").read_text()[-3000:])
             problems = state.problems(expected)
+            _say(problems)
     return [
         Row(f"rounds trained while the storage was away for {seconds:g} s", gained, 1, unit=""),
         Row("after it is back: until a newer checkpoint is stored", caught_up, None, False, "s"),
@@ -122,6 +124,11 @@ def _until(ready: Callable[[], bool], what: str, state: Soak) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"it never came: {what}\n{(state.folder / 'stage.log').read_text()[-3000:]}")
         time.sleep(0.2)
+
+
+def _say(problems: list[str]) -> None:
+    for problem in problems:
+        print(f"  wrong: {problem}", flush=True)
 
 
 def main() -> int:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Here", "Worker", "call", "connected", "device", "keep_parts", "map_parts", "run_job"]
 
+WATCH_SECONDS = 0.5  # between looks for the mark that asks a job to stop
 CLEANER_SECONDS = 5.0  # that Ray's own has to free what a dead controller held
 
 # Errors that come again however often a job is restarted: they end it at once, with their own words.
@@ -199,6 +200,7 @@ def _trainer(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from pipelines.elastic import FreshScaling
     from pipelines.writer import Reports, TorchSetup
 
     class Trainer(TorchTrainer):
@@ -208,6 +210,11 @@ def _trainer(
             # a cluster that dies with the driver does not need (and which asks a dashboard that it does not have).
             idle = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if NO_DASHBOARD in os.environ else set())
             return [c for c in super()._create_default_callbacks() if type(c).__name__ not in idle]
+
+        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+            if self.scaling_config.elasticity_enabled:
+                arguments["scaling_policy"] = FreshScaling(self.scaling_config)
+            return super()._initialize_and_run_controller(**arguments)
 
     elastic = not isinstance(cluster.workers, int)
     extra: dict[str, Any] = {"elastic_resize_monitor_interval_s": cluster.resize_seconds} if elastic else {}
@@ -272,6 +279,8 @@ class _RayWorker:
         self.storage, self.stop_key = stop
         self.thread = ThreadPoolExecutor(1)
         self.last: Future[None] | None = None
+        self.watch: threading.Thread | None = None
+        self.stopping = threading.Event()
 
     def report(self, payload: Mapping[str, Any]) -> None:
         import ray.train
@@ -284,7 +293,20 @@ class _RayWorker:
             self.last.result()
 
     def asked_to_stop(self) -> bool:
-        return self.storage.exists(self.stop_key)
+        if self.watch is None:
+            self.watch = threading.Thread(target=self._watch, daemon=True)
+            self.watch.start()
+        return self.stopping.is_set()
+
+    def _watch(self) -> None:
+        """Look for the mark in a thread of its own: a store that is slow, or away, delays no training."""
+        while not self.stopping.is_set():
+            try:
+                if self.storage.exists(self.stop_key):
+                    self.stopping.set()
+            except StorageError:
+                pass  # it says nothing while it is away; whoever needs it says so
+            self.stopping.wait(WATCH_SECONDS)
 
     def preempted(self) -> bool:
         if not self.preemptible:

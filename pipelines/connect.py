@@ -16,6 +16,7 @@ from pipelines.params import Cluster, Usage
 
 PREFLIGHT_SECONDS = 4.0
 JOINING_SECONDS = 3.0
+_GONE = 10.0  # seconds after which an elastic job no longer waits for resources that it was promised
 _TURN = 6 * 3600.0  # seconds that a job waits for its turn where several run side by side
 
 
@@ -74,9 +75,11 @@ NO_DASHBOARD = "DGM_CLUSTER_WITHOUT_DASHBOARD"  # set in the process whose clust
 def _settings(cluster: Cluster, *, own: bool) -> None:
     """Ray reads these from the environment, before it is imported or when it starts."""
     alone = os.environ.get("DGM_JOBS", "1") == "1"
+    # An elastic job asks for no more than it was told there is: where it has to wait, a node has just died.
+    patience = min(cluster.start_timeout_s, _GONE) if cluster.least < cluster.most else cluster.start_timeout_s
     defaults = {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.start_timeout_s if alone else _TURN),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(patience if alone else _TURN),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same on the driver and its workers
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -38,6 +39,8 @@ SPECS: dict[str, DataSpec] = {
     "codes_with_context": DataSpec(
         "codes", (4, 4), 5, classes=2, context={"top": DataSpec("codes", (2, 2), 3, classes=2)}
     ),
+    "audio": DataSpec("audio", (32,), 16, classes=2),
+    "code_sequence": DataSpec("codes", (12,), 5),
 }
 
 
@@ -215,6 +218,7 @@ class TwoRanks:
             process.join(20)
             if process.is_alive():
                 process.kill()
+        shutil.rmtree(self.store, ignore_errors=True)
 
 
 def _serve(rank: int, store: str, pipe: Connection) -> None:
