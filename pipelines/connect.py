@@ -16,7 +16,7 @@ from pipelines.params import Cluster, Usage
 
 PREFLIGHT_SECONDS = 4.0
 JOINING_SECONDS = 3.0
-_GONE = 10.0  # seconds after which an elastic job no longer waits for resources that it was promised
+_GONE = 5.0  # seconds after which an elastic job no longer waits for resources that it was promised
 _TURN = 6 * 3600.0  # seconds that a job waits for its turn where several run side by side
 
 
