@@ -146,7 +146,8 @@ class Soak:
         steps = [m.step for m in client.get_metric_history(newest.info.run_id, "round")]
         missing = set(range(LOG_EVERY, self.steps + 1, LOG_EVERY)) - set(steps)  # a checkpoint logs its round, too
         if missing or steps != sorted(set(steps)):
-            found.append(f"of {len(steps)} rounds {len(steps) - len(set(steps))} are there twice, {len(missing)} missing")
+            twice = len(steps) - len(set(steps))
+            found.append(f"of {len(steps)} rounds {twice} are there twice, {len(missing)} are missing")
         return found
 
 
