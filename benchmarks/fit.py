@@ -35,6 +35,7 @@ def train(
     seed: int = 0,
     evaluate: Callable[[GenerativeModel], Mapping[str, float]] | None = None,
     folder: Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> GenerativeModel:
     """The paper's defaults but for what is given; the averaged weights where the recipe keeps an average."""
     model_class = CATALOG[name]
@@ -43,7 +44,14 @@ def train(
     torch.manual_seed(seed)
     model = model_class(defaults.merged(config), data.spec)
     trainer = Trainer(
-        model, steps, Training(data, steps, seed), seed=seed, evaluate=evaluate, folder=folder, on_log=_say(steps)
+        model,
+        steps,
+        Training(data, steps, seed),
+        seed=seed,
+        device=device,
+        evaluate=evaluate,
+        folder=folder,
+        on_log=_say(steps),
     )
     trainer.fit()
     with trainer.averaged() as averaged:

@@ -140,7 +140,7 @@ def _paper(model: type) -> str:
     head = _HEAD.match(doc)
     if head is None:
         raise ValueError(f"{model.__module__}: the docstring does not begin with title, authors and year")
-    link = re.search(r"(arXiv|doi):(\S+?)\.?(?=[\s),;]|$)", doc)
+    link = re.search(r"(arXiv|doi):((?:\([^\s)]*\)|[^\s(),;])+?)\.?(?=[\s),;]|$)", doc)
     title = head["title"]
     if link is not None:
         base = "https://arxiv.org/abs/" if link[1] == "arXiv" else "https://doi.org/"

@@ -3,7 +3,8 @@
     python -m pipelines.evaluate RUN
 
 Outs: `metrics/<run>.json` (flat numbers for `dvc metrics`), `evaluations/<run>/evaluation.json` (every number with its
-context and floor) and `evaluations/<run>/figures/`. With several seeds, numbers are means, with `_sd` beside them.
+context and floor), `evaluations/<run>/figures/` and, empty unless the data is audio, `evaluations/<run>/sounds/`. With
+several seeds, numbers are means, with `_sd` beside them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from pipelines.params import Params, Usage, load_params, run_main
 from pipelines.place import Place
 from pipelines.serving import log_model
 from pipelines.tracking import Tracker
+
+SHOWN = ("figures", "sounds")
 
 
 class Refs(NamedTuple):
@@ -106,12 +109,14 @@ def has_average(run: Path) -> bool:
 
 
 def _figures_apart(folder: Path) -> None:
-    """DVC shows a folder of pictures as plots, so they get one of their own."""
-    (folder / "figures").mkdir()
+    """DVC shows a folder of pictures as plots, so they get one of their own; recordings are no plots."""
     about = runs.read_json(folder / "evaluation.json")
-    for figure in about["figures"]:
-        os.replace(folder / figure["file"], folder / "figures" / figure["file"])
-        figure["file"] = f"figures/{figure['file']}"
+    for kind in SHOWN:
+        (folder / kind).mkdir()
+        for shown in about[kind]:
+            for key in shown.keys() & {"file", "picture"}:
+                os.replace(folder / shown[key], folder / kind / shown[key])
+                shown[key] = f"{kind}/{shown[key]}"
     runs.write_json(folder / "evaluation.json", about)
 
 
@@ -149,6 +154,8 @@ def main(argv: Sequence[str]) -> int:
         runs.write_json(Path("metrics", f"{given.run}.json"), metrics)
         with runs.replaced_folder(Path("evaluations", given.run)) as out:
             shutil.copytree(folder / "seed0" / "out", out, dirs_exist_ok=True)
+            for kind in SHOWN:  # an object store knows no empty folders, DVC wants every out
+                (out / kind).mkdir(exist_ok=True)
         tracker.log_results(metrics, Path("evaluations", given.run))
         if two_stage and params.tracking.log_model:
             log_model(tracker, Path("models", given.run))

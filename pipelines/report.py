@@ -2,7 +2,7 @@
 
     python -m pipelines.report
 
-Out: `report/index.html`: style, script and pictures are inside it, and it fetches nothing.
+Out: `report/index.html`: style, script, pictures and recordings are inside it, and it fetches nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import base64
 import csv
 import json
 import math
-import mimetypes
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from pipelines.text import number, words
 
 POINTS = 300  # of a curve that are drawn; a longer one is averaged down to as many
 HEADLINES = ("bits_per_dim", "nll_", "elbo_nats", "frechet", "class_agreement", "reconstruction_mse")
+KINDS = {".png": "image/png", ".wav": "audio/wav"}
 Curve = list[tuple[float, float]]
 
 
@@ -93,12 +93,22 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """A recording that the page can play."""
+
+    column: str  # real, sampled …
+    uri: str
+    picture: str
+
+
+@dataclass(frozen=True)
 class RunPage:
     """A run's share of the page."""
 
     facts: RunFacts
     metrics: Mapping[str, Metric]
     pictures: Sequence[Picture]
+    sounds: Mapping[str, Sequence[Clip]]  # what it is of -> real and sampled recordings of it
     warnings: Sequence[str]
     environment: Mapping[str, str]
     settings: Mapping[str, str]  # name -> JSON
@@ -136,7 +146,7 @@ def build_report(inputs: ReportInputs) -> str:
     """The page.
 
     Raises:
-        FileNotFoundError: a run is not evaluated, or a picture that its evaluation names is not there.
+        FileNotFoundError: a run is not evaluated, or a picture or recording that its evaluation names is not there.
     """
     pages = [read_run(inputs.root, facts) for facts in inputs.runs]
     shared = Counter(name for page in pages for name in page.metrics)
@@ -179,11 +189,20 @@ def read_run(root: Path, facts: RunFacts) -> RunPage:
         facts,
         metrics=metrics,
         pictures=[Picture(_data_uri(folder / figure.file), figure.caption) for figure in found.figures],
+        sounds=_sounds(folder, found.sounds),
         warnings=found.warnings,
         environment=found.environment,
         settings={k: json.dumps(v, indent=2, ensure_ascii=False) for k, v in settings.items() if v is not None},
         curves=read_curves(curves) if curves.is_file() else {},
     )
+
+
+def _sounds(folder: Path, found: Sequence[record.Sound]) -> dict[str, list[Clip]]:
+    rows: dict[str, list[Clip]] = {}
+    for sound in found:
+        clip = Clip(sound.column, _data_uri(folder / sound.file), _data_uri(folder / sound.picture))
+        rows.setdefault(sound.row, []).append(clip)
+    return rows
 
 
 def read_evaluation(root: Path, run: str) -> tuple[record.Evaluation, dict[str, Metric]]:
@@ -281,7 +300,7 @@ def _data_uri(path: Path) -> str:
         raise FileNotFoundError(
             f"{path} is named in the evaluation beside it, but is not there: evaluate the run again"
         )
-    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    kind = KINDS[path.suffix]
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 

@@ -2,7 +2,8 @@
 
 python -m pipelines.sample RUN --n 64 --out grid.png          a grid
 python -m pipelines.sample RUN --n 64 --out samples.npz       arrays `x` in data units and `y` (empty if drawn)
-python -m pipelines.sample RUN --n 64 --out folder/           one PNG a sample
+python -m pipelines.sample RUN --n 64 --out folder/           one PNG a sample, or of audio one WAV
+python -m pipelines.sample RUN --n 8 --out samples.wav        audio, one after the other
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dgm_core import runs
-from dgm_core.contract import GenerativeModel
+from dgm_core.contract import DataSpec, GenerativeModel
 from dgm_core.data.display import display_of
 from dgm_core.evaluation import drawing
+from dgm_core.evaluation.sounds import wav
 from pipelines.cluster import device
 from pipelines.params import Usage, run_main, yaml_load
+
+PAUSE = 0.25  # seconds between recordings in one file
 
 
 def draw(model: GenerativeModel, n: int, y: Tensor | None, batch: int, **options: Any) -> Tensor:
@@ -43,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.sample", description="Sample from a finished run.")
     parser.add_argument("run", metavar="RUN", help="a run of params.yaml, or a run's folder")
     parser.add_argument("--n", type=int, default=64)
-    parser.add_argument("--out", type=Path, required=True, help="FILE.png, FILE.npz or a folder")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.png, FILE.npz, FILE.wav or a folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--class", type=int, dest="label", metavar="K", help="of conditional models; drawn if not given"
@@ -82,13 +86,16 @@ def _options(model: GenerativeModel, given: Sequence[str]) -> dict[str, Any]:
 
 
 def write(x: Tensor, y: Tensor | None, model: GenerativeModel, info: Mapping[str, Any], out: Path) -> None:
-    """By the name's ending: a grid, an array, or a folder of pictures."""
+    """By the name's ending: a grid, an array, recordings in a row, or a folder of pictures or of recordings."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
         np.savez_compressed(out, x=x.numpy(), y=np.empty(0, np.int64) if y is None else y.cpu().numpy())
         return
     if model.data.kind == "vector":
         raise Usage("samples are vectors, no pictures: give --out FILE.npz")
+    if out.suffix == ".wav" or (out.suffix == "" and model.data.kind == "audio"):
+        _write_sounds(x, model.data, info, out)
+        return
     pictures = drawing.pictures(x, model.data, display_of(info))
     if out.suffix == ".png":
         out.write_bytes(drawing.grid(pictures, math.ceil(math.sqrt(len(pictures)))))
@@ -97,7 +104,22 @@ def write(x: Tensor, y: Tensor | None, model: GenerativeModel, info: Mapping[str
         for i, picture in enumerate(pictures):
             (out / f"{i:05d}.png").write_bytes(drawing.png(picture.movedim(0, 2).numpy()))
     else:
-        raise Usage(f"--out {out} is not accepted: FILE.png, FILE.npz, or a folder")
+        raise Usage(f"--out {out} is not accepted: FILE.png, FILE.npz, FILE.wav of audio, or a folder")
+
+
+def _write_sounds(x: Tensor, data: DataSpec, info: Mapping[str, Any], out: Path) -> None:
+    if data.kind != "audio":
+        raise Usage(f"samples are {data.kind}, no recordings: give --out FILE.png, FILE.npz or a folder")
+    if "sample_rate" not in info:
+        raise Usage("the data set's sampling rate is not known, so nothing can be played: give --out FILE.npz")
+    rate, waves = int(info["sample_rate"]), drawing.waveforms(x, data, display_of(info))
+    if out.suffix == ".wav":
+        pause = torch.zeros(len(waves), int(PAUSE * rate))
+        out.write_bytes(wav(torch.cat([waves, pause], 1).flatten()[: -pause.shape[1]], rate))
+        return
+    out.mkdir(exist_ok=True)
+    for i, wave in enumerate(waves):
+        (out / f"{i:05d}.wav").write_bytes(wav(wave, rate))
 
 
 if __name__ == "__main__":

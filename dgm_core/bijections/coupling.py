@@ -57,6 +57,41 @@ class BoundedAffine(Transformer):
         return (shift, log_scale) if moves is None else (shift * moves, log_scale * moves)
 
 
+class Additive(Transformer):
+    """z = x + t: keeps volume (L. Dinh et al., 2015. arXiv:1410.8516, eq. 6)."""
+
+    outputs = 1
+
+    def forward(self, x: Tensor, h: Tensor, moves: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift = promote(h) if moves is None else promote(h) * moves
+        return promote(x) + shift, torch.zeros_like(shift)
+
+    def inverse(self, z: Tensor, h: Tensor, moves: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift = promote(h) if moves is None else promote(h) * moves
+        return promote(z) - shift, torch.zeros_like(shift)
+
+
+class SigmoidAffine(Transformer):
+    """z = x s + t, s = ε + (1 − ε) σ(ŝ + 2): Glow's, near the identity where the network starts, at zero. The authors'
+    code has ε = 0; here no input can make the inverse stretch more than a hundredfold."""
+
+    outputs = 2
+    smallest = 0.01
+
+    def forward(self, x: Tensor, h: Tensor, moves: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, scale = self._split(h, moves)
+        return torch.addcmul(shift, promote(x), scale), scale.log()
+
+    def inverse(self, z: Tensor, h: Tensor, moves: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, scale = self._split(h, moves)
+        return (promote(z) - shift) / scale, -scale.log()
+
+    def _split(self, h: Tensor, moves: Tensor | None) -> tuple[Tensor, Tensor]:
+        shift, raw = promote(h).chunk(2, 1)
+        scale = self.smallest + (1 - self.smallest) * (raw + 2).sigmoid()
+        return (shift, scale) if moves is None else (shift * moves, scale * moves + (1 - moves))
+
+
 class MaskedCoupling(Bijection):
     """Coordinates where `mask` is 1 pass, the others move: z = b ⊙ x + (1 − b) ⊙ (x ⊙ exp(s(b ⊙ x)) + t(b ⊙ x))
     (eq. 9).
@@ -84,6 +119,38 @@ class MaskedCoupling(Bijection):
     ) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
         x, log_slope = self.transformer.inverse(z, steer(self.net, z * self.mask, context), 1 - self.mask)
         return x, sum_event(log_slope)
+
+
+class SplitCoupling(Bijection):
+    """The same of a vector, whose network is shown only the coordinates that pass and speaks only of those that move:
+    half of a `MaskedCoupling`'s work.
+
+    Args:
+        parts: the coordinates that pass, and those that move.
+        net: (B, passing) -> (B, outputs · moving).
+    """
+
+    def __init__(self, parts: tuple[slice, slice], net: nn.Module, transformer: Transformer) -> None:
+        super().__init__()
+        self.passing, self.moving = parts
+        self.net, self.transformer = net, transformer
+
+    def forward(
+        self, x: Float[Tensor, " B D"], context: Context = None
+    ) -> tuple[Float[Tensor, " B D"], Float[Tensor, " B"]]:
+        moved, log_slope = self.transformer(x[:, self.moving], steer(self.net, x[:, self.passing], context))
+        return self._replace(x, moved), sum_event(log_slope)
+
+    def inverse(
+        self, z: Float[Tensor, " B D"], context: Context = None
+    ) -> tuple[Float[Tensor, " B D"], Float[Tensor, " B"]]:
+        moved, log_slope = self.transformer.inverse(z[:, self.moving], steer(self.net, z[:, self.passing], context))
+        return self._replace(z, moved), sum_event(log_slope)
+
+    def _replace(self, x: Tensor, moved: Tensor) -> Tensor:
+        whole = promote(x).clone()
+        whole[:, self.moving] = moved
+        return whole
 
 
 class ChannelCoupling(Bijection):
@@ -133,3 +200,14 @@ def half_mask(dims: int, parity: int) -> Float[Tensor, " D"]:
 def checkerboard_mask(height: int, width: int, parity: int) -> Float[Tensor, " 1 H W"]:
     """Ones where row + column + parity is odd (figure 3)."""
     return ((torch.arange(height)[:, None] + torch.arange(width) + parity) % 2).float()[None]
+
+
+def alternating_parts(dims: int, parity: int) -> tuple[slice, slice]:
+    """Passes: every second coordinate, from coordinate `1 − parity` on. Moves: the others."""
+    return slice(1 - parity, dims, 2), slice(parity, dims, 2)
+
+
+def half_parts(dims: int, parity: int) -> tuple[slice, slice]:
+    """Passes: the first ⌊D/2⌋ coordinates, or at parity 1 the others. Moves: the rest."""
+    first, second = slice(0, dims // 2), slice(dims // 2, dims)
+    return (second, first) if parity else (first, second)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgm_core.bijections.base import Bijection, Context, promote
+from dgm_core.bijections.base import Bijection, Context, no_log_det, promote
 from dgm_core.shapes import sum_event
 
 if TYPE_CHECKING:
@@ -41,6 +41,27 @@ class ScaledLogit(Bijection):
         return F.softplus(z) + F.softplus(-z) + math.log((1 - 2 * self.alpha) / self.levels)
 
 
+class Rescale(Bijection):
+    """z = x · scale + shift, alike for every coordinate."""
+
+    def __init__(self, shift: float, scale: float) -> None:
+        super().__init__()
+        self.shift, self.scale = shift, scale
+
+    def forward(
+        self, x: Float[Tensor, " B *event"], context: Context = None
+    ) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
+        return promote(x) * self.scale + self.shift, self._log_det(x)
+
+    def inverse(
+        self, z: Float[Tensor, " B *event"], context: Context = None
+    ) -> tuple[Float[Tensor, " B *event"], Float[Tensor, " B"]]:
+        return (promote(z) - self.shift) / self.scale, -self._log_det(z)
+
+    def _log_det(self, x: Tensor) -> Float[Tensor, " B"]:
+        return no_log_det(x) + math.prod(x.shape[1:]) * math.log(abs(self.scale))
+
+
 class Standardize(Bijection):
     """z = (x − shift) / scale, a constant of the data for each entry of axis 1; the identity until it is set."""
 
@@ -69,6 +90,30 @@ class Standardize(Bijection):
     ) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
         x = promote(z) * _lift(self.scale, z) + _lift(self.shift, z)
         return x, _total(self.scale.log(), z)
+
+
+class DiagonalAffine(Bijection):
+    """z = x ⊙ exp(s) + t, learnt for each entry of axis 1; the identity at first.
+
+    L. Dinh et al., 2015. arXiv:1410.8516, section 3.3, where t is absent.
+    """
+
+    def __init__(self, channels: int, *, shift: bool = True) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.shift = nn.Parameter(torch.zeros(channels)) if shift else None
+
+    def forward(
+        self, x: Float[Tensor, " B C *grid"], context: Context = None
+    ) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
+        z = promote(x) * _lift(self.log_scale.exp(), x)
+        return z if self.shift is None else z + _lift(self.shift, x), _total(self.log_scale, x)
+
+    def inverse(
+        self, z: Float[Tensor, " B C *grid"], context: Context = None
+    ) -> tuple[Float[Tensor, " B C *grid"], Float[Tensor, " B"]]:
+        x = promote(z) if self.shift is None else promote(z) - _lift(self.shift, z)
+        return x * _lift((-self.log_scale).exp(), z), -_total(self.log_scale, z)
 
 
 class BatchNormalization(Bijection):

@@ -52,13 +52,15 @@ def log_det(x: Tensor, info: Mapping[str, Any]) -> Float[Tensor, " B"]:
 
 
 def bits_per_dim(log_prob: Float[Tensor, " B"], x: Tensor, info: Mapping[str, Any]) -> Float[Tensor, " B"]:
-    """Of the original integers, from nats of the stored data.
+    """Of the original integers, or of the levels that real numbers were made (µ-law), from nats of the stored data.
 
     For logit data this is −log p(z) / (D ln 2) − log₂(1 − 2λ) + 8 + mean_i[log₂ σ(z_i) + log₂(1 − σ(z_i))]
     (Papamakarios et al. 2017, appendix), for dequantised data (NLL / D + ln 256) / ln 2. With integer variants the
     volume term is zero. D counts the stored coordinates.
     """
-    if info.get("original", {"levels": 2})["levels"] is None:  # codes are integers that were made of nothing else
+    quantised = any(record["name"] == "mu_law" for record in info.get("transforms", ()))
+    # Codes have no original: they are integers that were made of nothing else.
+    if info.get("original", {"levels": 2})["levels"] is None and not quantised:
         raise DataMismatch("bits per dimension need data that was made of integers; report nats for real-valued data")
     return -(log_prob.to("cpu", torch.float64) + log_det(x, info)) / (x[0].numel() * math.log(2))
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dgm_core.contract import DataSpec
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 TILE = 64  # pixels that a picture's longer side is enlarged to, by whole factors
 GAP = 2
 PAPER, LINE = 255, 208
-WAVE = (40, 128)  # height and width of a drawn recording; as much again for its spectrogram
+HEADING = 32  # height of a line of text above a block of pictures
+WAVE, SPECTRUM = (32, 160), 64  # height and width of a drawn recording, and the height of its spectrogram
+
+LOUDER = 8.0
 
 Display = Callable[[Tensor], Tensor]  # stored data -> uint8 pictures (B, C, H, W), or waveforms (B, T) in [−1, 1]
 
@@ -39,7 +42,7 @@ def pictures(x: Tensor, spec: DataSpec, display: Display | None = None) -> UInt8
         x = x.cpu() if x.ndim == 3 else x.cpu()[:, None]
         return coloured(x.double() / max(1, (spec.levels or 2) - 1))
     if spec.kind == "audio":
-        return recordings(display(x) if display else _spread(x, spec) * 2 - 1)
+        return recordings(waveforms(x, spec, display))
     shown = display(x) if display else (_spread(x, spec) * 255).round().to(torch.uint8)
     shown = shown.cpu()
     return shown if shown.shape[1] == 3 else shown.float().mean(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
@@ -51,10 +54,26 @@ def coloured(x: Float[Tensor, " B H W"], name: str = "viridis") -> UInt8[Tensor,
     return torch.from_numpy(np.ascontiguousarray(rgba[..., :3])).movedim(-1, 1)
 
 
+def waveforms(x: Tensor, spec: DataSpec, display: Display | None = None) -> Float[Tensor, " B T"]:
+    """Recordings as stored, to be drawn or played: in [−1, 1]."""
+    return display(x) if display else _spread(x, spec) * 2 - 1
+
+
 def recordings(x: Float[Tensor, " B T"]) -> UInt8[Tensor, " B 3 H W"]:
-    """The envelope of each waveform above its log-magnitude spectrogram (60 dB)."""
-    x = x.cpu().float().clamp(-1, 1)
+    """The envelope of each waveform above its log-magnitude spectrogram (60 dB), each on its own scale.
+
+    But envelopes are enlarged by `LOUDER` times those of the loudest at most: what is all but silent looks it.
+    """
+    x = x.cpu().float()
     height, width = WAVE
+    size = min(256, 2 ** int(math.log2(max(4, x.shape[1]))))
+    hop = max(1, min(size // 4, x.shape[1] // width))
+    spectrum = torch.stft(x, size, hop, window=torch.hann_window(size), return_complex=True).abs()
+    level = 20 * torch.log10(spectrum.clamp_min(1e-8))
+    level = (level - level.amax((1, 2), keepdim=True)) / 60 + 1
+    level = F.interpolate(level[:, None].flip(2), size=(SPECTRUM, width), mode="bilinear", antialias=True)[:, 0]
+    peak = x.abs().amax(1, keepdim=True)
+    x = x / torch.maximum(peak, peak.max() / LOUDER).clamp_min(1e-8)
     columns = F.interpolate(x[:, None], size=width * math.ceil(x.shape[1] / width), mode="nearest").unflatten(
         2, (width, -1)
     )
@@ -63,18 +82,26 @@ def recordings(x: Float[Tensor, " B T"]) -> UInt8[Tensor, " B 3 H W"]:
     half = 1 / height
     inside = (y <= top + half) & (y >= bottom - half)
     wave = torch.where(inside[:, None], torch.tensor([31, 119, 180])[:, None, None], PAPER).to(torch.uint8)
-    size = min(256, 2 ** int(math.log2(max(4, x.shape[1]))))
-    spectrum = torch.stft(
-        x, size, hop_length=max(1, size // 4), window=torch.hann_window(size), return_complex=True
-    ).abs()
-    level = 20 * torch.log10(spectrum.clamp_min(1e-8))
-    level = (level - level.amax((1, 2), keepdim=True)) / 60 + 1
-    level = F.interpolate(level[:, None].flip(2), size=(height, width), mode="bilinear")[:, 0]
     return torch.cat([wave, coloured(level, "magma")], 2)
 
 
 def grid(shown: UInt8[Tensor, " N 3 H W"], columns: int, headed: bool = False) -> bytes:
     """Pictures in rows of `columns`, enlarged by whole pixels; `headed` sets the first column apart."""
+    return png(_sheet(shown, columns, headed))
+
+
+def blocks(panels: Sequence[tuple[str, UInt8[Tensor, " N 3 H W"]]], columns: int) -> bytes:
+    """Grids one below the other, each under its name."""
+    font, parts = ImageFont.load_default(HEADING // 2), []
+    for name, shown in panels:
+        sheet = _sheet(shown, columns)
+        heading = Image.new("RGB", (sheet.shape[1], HEADING), (PAPER,) * 3)
+        ImageDraw.Draw(heading).text((2 * GAP, HEADING / 2), name, "black", font, anchor="lm")
+        parts += [np.asarray(heading), sheet]
+    return png(np.concatenate(parts))
+
+
+def _sheet(shown: UInt8[Tensor, " N 3 H W"], columns: int, headed: bool = False) -> np.ndarray[Any, Any]:
     n, _, height, width = shown.shape
     factor = max(1, TILE // max(height, width))
     shown = shown.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
@@ -85,7 +112,7 @@ def grid(shown: UInt8[Tensor, " N 3 H W"], columns: int, headed: bool = False) -
         row, column = divmod(i, columns)
         y, x = GAP + row * (height + GAP), GAP + column * (width + GAP) + (apart if column else 0)
         sheet[:, y : y + height, x : x + width] = shown[i]
-    return png(sheet.movedim(0, 2).numpy())
+    return sheet.movedim(0, 2).numpy()
 
 
 def png(pixels: np.ndarray[Any, Any]) -> bytes:
@@ -122,20 +149,26 @@ def bars(panels: Sequence[tuple[str, Tensor]], xlabel: str, ylabel: str, mark: f
 def scatters(
     panels: Sequence[tuple[str, Tensor]],
     box: tuple[float, float, float, float],
-    heat: tuple[str, Float[Tensor, " side side"]] | None = None,
+    heats: Sequence[tuple[str, Float[Tensor, " side side"]]] = (),
 ) -> bytes:
-    """Points on the plane, a panel each, in one frame (left, right, bottom, top), and a density as heat beside them."""
+    """Densities in [0, 1] as heat, and points on the plane, all in one frame (left, right, bottom, top): four panels in
+    two rows, otherwise side by side."""
+    count = len(heats) + len(panels)
+    columns = 2 if count == 4 else count
+    rows = count // columns
+    left, right, bottom, top = box
+    tall = min(max((top - bottom) / (right - left), 0.4), 1.6)
 
     def draw(canvas: Any) -> None:
-        row = canvas.subplots(1, len(panels) + (heat is not None), squeeze=False)[0]
-        for axes, (title, points) in zip(row, panels, strict=False):
+        every = canvas.subplots(rows, columns, squeeze=False).ravel()
+        for (title, heat), axes in zip(heats, every, strict=False):
+            axes.imshow(heat.numpy(), extent=box, origin="lower", interpolation="nearest", vmin=0, vmax=1)
+            axes.set(title=title, aspect="equal")
+        for (title, points), axes in zip(panels, every[len(heats) :], strict=True):
             axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=3, linewidths=0, alpha=0.6)
             axes.set(title=title, xlim=box[:2], ylim=box[2:], aspect="equal")
-        if heat is not None:
-            row[-1].imshow(heat[1].numpy(), extent=box, origin="lower", cmap="viridis", interpolation="nearest")
-            row[-1].set(title=heat[0], aspect="equal")
 
-    return plot(draw, width=3.6 * (len(panels) + (heat is not None)), height=3.8)
+    return plot(draw, width=3.8 * columns, height=(3.4 * tall + 0.6) * rows)
 
 
 def overlays(real: Float[Tensor, " n D"], sampled: Float[Tensor, " m D"], most: int = 8) -> bytes:

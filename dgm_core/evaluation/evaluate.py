@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Callable, Mapping
@@ -18,17 +17,20 @@ from dgm_core.data.display import undo
 from dgm_core.evaluation import figures, quality
 from dgm_core.evaluation.codes import code_metrics, encode, marginal_metric
 from dgm_core.evaluation.drawing import Display
-from dgm_core.evaluation.examples import Batches, nearest_stored, quiet, take, unit
-from dgm_core.evaluation.files import write_atomically
+from dgm_core.evaluation.energies import energy_metrics
+from dgm_core.evaluation.examples import Batches, nearest_stored, quiet, seeded, take, unit
+from dgm_core.evaluation.inverses import inverse_metrics
 from dgm_core.evaluation.judge import Judge
 from dgm_core.evaluation.latents import can_reconstruct, latent_metrics, reconstruct, reconstruction_metrics
 from dgm_core.evaluation.likelihood import likelihood
-from dgm_core.evaluation.record import FILE, Evaluation, EvaluationConfig, Figure, Metric
+from dgm_core.evaluation.record import Evaluation, EvaluationConfig, Figure, Metric
 from dgm_core.evaluation.sampling import Drawn, draw, draw_means, goes_by_labels
+from dgm_core.evaluation.sounds import beside_each_other
 
 TRAINING_EXAMPLES = 20_000  # searched for nearest neighbours
 QUERIES = 64  # samples whose nearest neighbours are looked for
 CLASSES_SHOWN = 20
+ROWS_OF_A_TEMPERATURE = 3
 Progress = Callable[[int, int, str], None]
 
 
@@ -68,7 +70,7 @@ def evaluate(
     with quiet(model, seed):
         work = _Work(model, spec, info, judge, options, seed, ema, display, drawn, progress)
         result = work.run(train, val if options.split == "val" else test)
-    _write(out, result, work.images)
+    result.write(out, work.images)
     return result
 
 
@@ -102,7 +104,8 @@ class _Work:
 
     def run(self, train: Batches, scored: Batches) -> Evaluation:
         steps = [self._likelihood, self._samples, self._quality, self._codes, self._latents, self._reconstructions]
-        steps += [self._neighbours] + ([self._pictures] if self.options.figures else [])
+        steps += [self._energy, self._inverse, self._neighbours]
+        steps += [self._pictures, self._sounds] if self.options.figures else []
         self.test = take(scored(), self.options.examples)
         self.train = take(train(), TRAINING_EXAMPLES)
         for i, step in enumerate(steps):
@@ -231,6 +234,14 @@ class _Work:
             self.reconstructed, how = reconstruct(self.model, self.test, self.options.batch_size)
             self.add(reconstruction_metrics(self.reconstructed, how, self.test, self.spec, self.judge))
 
+    def _energy(self) -> None:
+        self.add(energy_metrics(self.model, self.spec, self.options.energy_draws))
+
+    def _inverse(self) -> None:
+        metrics, warnings = inverse_metrics(self.model, self.test, self.options.batch_size)
+        self.add(metrics)
+        self.result.warnings += warnings
+
     def _neighbours(self) -> None:
         """Samples that lie much nearer to training examples than test examples do were learnt by heart."""
         if not self.enough:
@@ -270,7 +281,7 @@ class _Work:
             if self.means is not None:
                 what = "Means decoded from draws of the prior"
                 self.show("sample_means.png", figures.tiled(self.means, spec, o.tiles, shown, what))
-            plane = figures.plane(model, mixed.x if spec.kind != "vector" else test.x, self.drawn.x, spec)
+            plane = figures.plane(model, test.x, self.drawn.x, spec, by_labels=self.by_labels)
             self.show("density.png" if spec.dims == 2 else "coordinates.png", plane)
             if spec.kind != "vector":
                 few = slice(0, o.tiles)
@@ -281,12 +292,32 @@ class _Work:
             labels = torch.arange(classes).repeat_interleave(o.tiles)
             x = draw(model, len(labels), test, o.sampling, o.batch_size, labels=labels).x
             self.show("samples_by_class.png", figures.by_class(x, classes, spec, shown))
-        self.show("interpolations.png", figures.interpolations(model, test, spec, shown))
+        drawn_at = figures.temperatures(model, self._draw_at, test.x, spec, o.tiles, shown)
+        self.show("temperatures.png", drawn_at)
+        paths = figures.interpolations(model, test, spec, shown, by_labels=self.by_labels)
+        self.show("interpolations.png", paths)
         self.show("traversals.png", figures.traversals(model, mixed, spec, shown, self.kl))
         if self.kl is not None:
             self.show("kl.png", figures.kl_bars(self.kl))
         self.show("code_usage.png", figures.code_usage(self.counts))
         self.show("receptive_fields.png", figures.receptive_fields(model, spec, o.tiles))
+
+    def _sounds(self) -> None:
+        columns = {"real": self.test}
+        if self.reconstructed is not None:
+            columns["reconstructed"] = self.test._replace(x=self.reconstructed)
+        if self.enough:
+            columns["sampled"] = Batch(self.drawn.x, self.drawn.y)
+        self.result.sounds, files = beside_each_other(columns, self.spec, self.info, self.display)
+        self.images |= files
+
+    def _draw_at(self, temperature: float) -> Tensor:
+        """From the same random stream each time."""
+        o = self.options
+        n = o.samples if self.spec.kind == "vector" else ROWS_OF_A_TEMPERATURE * o.tiles
+        sampling = {**o.sampling, "temperature": temperature}
+        with seeded(self.seed):
+            return draw(self.model, n, self.test, sampling, o.batch_size, by_labels=self.by_labels).x
 
 
 def _distances(
@@ -309,16 +340,3 @@ def _environment(model: GenerativeModel) -> dict[str, str]:
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "none"
     return {"device": f"{device.type} ({kind})", "dtype": dtype, "torch": torch.__version__}
-
-
-def _write(out: Path, result: Evaluation, images: Mapping[str, bytes]) -> None:
-    """Figures first, `evaluation.json` last; figures of an earlier evaluation that are not made again go."""
-    out.mkdir(parents=True, exist_ok=True)
-    earlier = out / FILE
-    stale = [f["file"] for f in json.loads(earlier.read_text())["figures"]] if earlier.exists() else []
-    earlier.unlink(missing_ok=True)
-    for name in set(stale) - set(images):
-        (out / name).unlink(missing_ok=True)
-    for name, content in images.items():
-        write_atomically(out / name, content)
-    write_atomically(out / FILE, result.to_json().encode())

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dgm_core.capabilities import HasDecoder, HasEnergy, HasLikelihood, HasPosterior
+from dgm_core.capabilities import HasDecoder, HasEnergy, HasInverse, HasLikelihood, HasPosterior
 from dgm_core.contract import Batch, DataSpec, GenerativeModel
-from dgm_core.evaluation.drawing import Display, bars, coloured, grid, overlays, pictures, scatters
+from dgm_core.data import densities
+from dgm_core.evaluation.drawing import Display, bars, blocks, coloured, grid, overlays, pictures, scatters
 from dgm_core.evaluation.examples import take
 from dgm_core.evaluation.latents import posterior_means
 from dgm_core.evaluation.sampling import cycled
@@ -20,16 +21,18 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 Drawing = tuple[bytes, str] | None
-SIDE = 120  # points along an edge of a density's heat map
+SIDE = 200  # points along an edge of a density's heat map
 STEPS = 9  # pictures along an interpolation or a traversal
 ROWS = 8
 REACH = 3.0  # standard deviations of the prior that a traversal spans on either side
+TEMPERATURES = (0.7, 0.85, 1.0)
 
 
 def tiled(x: Tensor, spec: DataSpec, tiles: int, display: Display | None, what: str) -> Drawing:
-    """The first `tiles`² as a square sheet."""
+    """The first `tiles`² as a square sheet; of recordings, which are wide, half as many either way."""
     if spec.kind == "vector":
         return None
+    tiles = max(2, tiles // 2) if spec.kind == "audio" else tiles
     shown = pictures(x[: tiles**2], spec, display)
     return grid(shown, tiles), f"{what} ({len(shown)})"
 
@@ -41,42 +44,90 @@ def by_class(x: Tensor, classes: int, spec: DataSpec, display: Display | None) -
     return grid(pictures(x, spec, display), len(x) // classes), f"Samples by class: one row each, 0 to {classes - 1}"
 
 
-def plane(model: GenerativeModel, real: Tensor, samples: Tensor, spec: DataSpec, batch_size: int = 4096) -> Drawing:
-    """Vectors: on the plane, data, samples and the model's density; elsewhere, histograms of coordinates."""
+def plane(
+    model: GenerativeModel,
+    real: Tensor,
+    samples: Tensor,
+    spec: DataSpec,
+    *,
+    by_labels: bool = False,
+    batch_size: int = 4096,
+) -> Drawing:
+    """Vectors: on the plane, data, samples, the density that the data was drawn from, if it is known, and the model's;
+    elsewhere, histograms of coordinates.
+
+    Args:
+        by_labels: the model goes by labels; its density is the mixture of them, by their shares.
+    """
     if spec.kind != "vector":
         return None
     real, samples = real.double(), samples.double()
     if spec.dims != 2:
         return overlays(real, samples), "Histograms of the first coordinates: data and samples"
-    low, high = real.amin(0), real.amax(0)
-    room = 0.15 * (high - low).clamp_min(1e-6)
-    left, bottom, right, top = *(low - room).tolist(), *(high + room).tolist()
-    heat = None
+    left, right, bottom, top = box = _frame(real)
     points = torch.cartesian_prod(torch.linspace(bottom, top, SIDE), torch.linspace(left, right, SIDE)).flip(1)
+    truth = densities.named(**spec.density).log_prob(points.double()) if spec.density else None
+    shown = [] if truth is None else [("the true density", truth)]
     if spec.levels is None and isinstance(model, HasEnergy | HasLikelihood):
-        parts = []
-        for part in points.split(batch_size):
-            x = part.to(model.device, spec.dtype)
-            parts.append((-model.free_energy(x) if isinstance(model, HasEnergy) else model.log_prob(x)).cpu())
-        log_p = torch.cat(parts).double().nan_to_num(-math.inf)
-        heat = ("the model's density", (log_p - log_p.max()).exp().view(SIDE, SIDE))
-    panels = [("data", real), ("samples", samples)]
-    caption = "Data and samples" + (", and the model's density" if heat else "")
-    return scatters(panels, (left, right, bottom, top), heat), caption
+        parts = (part.to(model.device, spec.dtype) for part in points.split(batch_size))
+        log_p = torch.cat([_log_density(model, x, spec, by_labels).double().cpu() for x in parts])
+        shown.append(("the model's density", log_p.nan_to_num(-math.inf)))
+    # Likelihoods are densities on the truth's own scale; an energy has a scale of its own.
+    brightest = None if truth is None or isinstance(model, HasEnergy) else truth.max()
+    heats = [(name, _heat(log_p, brightest).view(SIDE, SIDE)) for name, log_p in shown]
+    alike = "" if brightest is None else " in the same colours"
+    caption = "Data and samples" + "".join(f", {name}" for name, _ in heats) + alike * (len(heats) > 1)
+    count = min(len(real), len(samples))  # as many of both: what is denser is then not a matter of numbers
+    return scatters([("data", real[:count]), ("samples", samples[:count])], box, heats), caption
 
 
-def interpolations(model: GenerativeModel, examples: Batch, spec: DataSpec, display: Display | None) -> Drawing:
-    """Between the latents of two test examples along a line, or between two draws along the sphere they lie on."""
+def temperatures(
+    model: GenerativeModel,
+    draw_at: Callable[[float], Tensor],
+    real: Tensor,
+    spec: DataSpec,
+    columns: int,
+    display: Display | None,
+) -> Drawing:
+    """Of models with an inverse whose `sample` takes a temperature: the same draws of the latent at each one.
+
+    Args:
+        draw_at: temperature -> samples, from one and the same random stream.
+        real: vectors whose frame is used.
+    """
+    if not isinstance(model, HasInverse) or "temperature" not in model.sample_options():
+        return None
+    if spec.kind != "image" and (spec.kind != "vector" or spec.dims != 2):
+        return None
+    drawn = [(f"temperature {t:g}", draw_at(t)) for t in TEMPERATURES]
+    caption = "The same draws of the latent at temperatures " + ", ".join(f"{t:g}" for t in TEMPERATURES)
+    if spec.kind == "vector":
+        return scatters([(name, x.double()) for name, x in drawn], _frame(real.double())), caption
+    return blocks([(name, pictures(x, spec, display)) for name, x in drawn], columns), caption
+
+
+def interpolations(
+    model: GenerativeModel, examples: Batch, spec: DataSpec, display: Display | None, *, by_labels: bool = False
+) -> Drawing:
+    """Between the latents of two test examples, along a line if they come from a posterior and along the sphere if
+    from an inverse; between two draws of the latent where the model has neither.
+
+    Args:
+        by_labels: the model goes by labels, so that a row keeps to one: its ends are of one class.
+    """
     if spec.kind == "vector" or not isinstance(model, HasDecoder):
         return None
-    rows = min(ROWS, examples.x.shape[0] // 2)
-    examples = take(iter([examples]), 2 * rows)  # ends far apart in a split that is stored class by class
-    first, second = examples.rows(slice(0, rows)), examples.rows(slice(rows, 2 * rows))
+    first, second = _ends(examples, by_labels)
+    rows = first.x.shape[0]
     t = torch.linspace(0, 1, STEPS)
     if isinstance(model, HasPosterior):
         a, b = (posterior_means(model, ends, rows)[0] for ends in (first, second))
         path = torch.stack([a + s * (b - a) for s in t], 1)
         caption = "Interpolations between two test examples a row, along a line between their latents"
+    elif isinstance(model, HasInverse):
+        a, b = (model.to_latent(*ends.to(model.device)[:2]).cpu() for ends in (first, second))
+        path = torch.stack([_slerp(a, b, s) for s in t.tolist()], 1)
+        caption = "Interpolations between two test examples a row, along the sphere between their latents"
     else:
         a, b = model.draw_latent(2 * rows).cpu().chunk(2)
         path = torch.stack([_slerp(a, b, s) for s in t.tolist()], 1)
@@ -145,6 +196,42 @@ def neighbours(
     rows = torch.cat([samples[:, None].to(train.dtype), train[found]], 1).flatten(0, 1)
     shown = pictures(rows, spec, display)
     return grid(shown, found.shape[1] + 1, headed=True), "Samples (left) and their nearest training examples"
+
+
+def _frame(points: Float[Tensor, " n 2"]) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of a picture of these points, with some room."""
+    low, high = points.amin(0), points.amax(0)
+    room = 0.15 * (high - low).clamp_min(1e-6)
+    (left, bottom), (right, top) = (low - room).tolist(), (high + room).tolist()
+    return left, right, bottom, top
+
+
+def _log_density(model: HasEnergy | HasLikelihood, x: Tensor, spec: DataSpec, by_labels: bool) -> Float[Tensor, " B"]:
+    """Nats, up to a constant if it is an energy's."""
+    if isinstance(model, HasEnergy):
+        return -model.free_energy(x)
+    if not by_labels:
+        return model.log_prob(x)
+    shares = x.new_tensor(spec.class_shares or [1 / spec.classes] * spec.classes)
+    labels = torch.arange(spec.classes, device=x.device)
+    parts = [model.log_prob(x, label.expand(len(x))) + share.log() for label, share in zip(labels, shares, strict=True)]
+    return torch.stack(parts).logsumexp(0)
+
+
+def _heat(log_p: Float[Tensor, " n"], brightest: Tensor | None) -> Float[Tensor, " n"]:
+    """The density over its greatest value, or over e to the power of `brightest`."""
+    return (log_p - (log_p.max() if brightest is None else brightest)).exp().clamp(0, 1)
+
+
+def _ends(examples: Batch, by_labels: bool) -> tuple[Batch, Batch]:
+    """Two examples a row."""
+    if by_labels and examples.y is not None:
+        classes = [(examples.y == label).nonzero()[:, 0] for label in examples.y.unique()]
+        pairs = torch.stack([members[[0, -1]] for members in classes])[:ROWS]
+        return examples.rows(pairs[:, 0]), examples.rows(pairs[:, 1])
+    rows = min(ROWS, examples.x.shape[0] // 2)
+    examples = take(iter([examples]), 2 * rows)  # ends far apart in a split that is stored class by class
+    return examples.rows(slice(0, rows)), examples.rows(slice(rows, 2 * rows))
 
 
 def _decoded(model: GenerativeModel, path: Tensor, examples: Batch, spec: DataSpec, display: Display | None) -> bytes:

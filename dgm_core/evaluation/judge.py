@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 COORDINATES = 128  # features of data without classes: a covariance of this size is estimated well from a few thousand
 EMBEDDING = 8  # numbers that stand for a code
+WINDOW = 256  # samples of a recording that a spectrum is taken of, at most: 32 ms of speech at 8 kHz
+BANDS = 32  # that a spectrum is averaged down to: single frequencies are noise
 HELD_BYTES = 2**29  # of the training split, kept in memory
 CHUNK = 256  # examples put through at once
 
@@ -249,9 +251,10 @@ def _body(spec: DataSpec, features: int) -> nn.Sequential:
     if spec.kind == "codes":
         front: list[nn.Module] = [nn.Embedding(spec.levels or 0, 2 * EMBEDDING), _ChannelsFirst()]
         return nn.Sequential(*front, *_convolutions(2 * EMBEDDING, spec.shape, features))
-    channels, grid = (spec.shape[0], spec.shape[1:]) if spec.kind == "image" else (1, spec.shape)
-    front = [] if spec.kind == "image" else [nn.Unflatten(1, (1, -1))]
-    return nn.Sequential(*front, *_convolutions(channels, grid, features))
+    if spec.kind == "audio":
+        spectrum = _Spectrogram(spec.dims)
+        return nn.Sequential(spectrum, nn.BatchNorm2d(1), *_convolutions(1, spectrum.grid, features))
+    return nn.Sequential(*_convolutions(spec.shape[0], spec.shape[1:], features))
 
 
 def _convolutions(channels: int, grid: tuple[int, ...], features: int) -> list[nn.Module]:
@@ -268,6 +271,24 @@ def _convolutions(channels: int, grid: tuple[int, ...], features: int) -> list[n
     target = tuple(min(n, smallest) for n in grid)
     pool = nn.AdaptiveAvgPool2d(target) if len(target) == 2 else nn.AdaptiveAvgPool1d(target[0])
     return [*layers, pool, nn.Flatten(), nn.Linear(channels * math.prod(target), features)]
+
+
+class _Spectrogram(nn.Module):
+    """The logarithm of a recording's power by band and time: a few thousand recordings are too few to learn that."""
+
+    window: Tensor
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.size = max(4, min(WINDOW, 2 ** int(math.log2(max(1, length // 2)))))
+        self.hop = self.size // 2
+        self.grid = (min(BANDS, self.size // 2 + 1), length // self.hop + 1)
+        self.register_buffer("window", torch.hann_window(self.size), persistent=False)
+
+    def forward(self, x: Float[Tensor, " B T"]) -> Float[Tensor, " B 1 F frames"]:
+        spectrum = torch.stft(x, self.size, self.hop, window=self.window, return_complex=True, pad_mode="constant")
+        power = F.adaptive_avg_pool2d(spectrum.abs().square()[:, None], self.grid)
+        return (power + 1e-3).log()
 
 
 class _ChannelsFirst(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import Field
 
 from dgm_core.config import Strict
+from dgm_core.evaluation.files import write_atomically
 
 FILE = "evaluation.json"
 
@@ -35,6 +36,9 @@ class EvaluationConfig(Strict):
     ais_temperatures: int = Field(default=2000, ge=2)
     ais_schedule: Literal["piecewise", "linear", "geometric"] = "linear"
     ais_burn_in: int = Field(default=500, ge=0, description="transitions before reverse annealing")
+    energy_draws: int = Field(
+        default=200_000, ge=2, description="of a model whose log-densities come with its draws, against a known density"
+    )
     neighbours: int = Field(default=5, ge=1, description="k of precision, recall, density and coverage")
     chunk: int = Field(default=1024, ge=1, description="rows of a table of distances held at once")
     mutual_information_examples: int = Field(default=500, ge=2)
@@ -74,6 +78,16 @@ class Figure:
     caption: str
 
 
+@dataclass(frozen=True)
+class Sound:
+    """A WAV beside `evaluation.json`, and a PNG of it: `column` (real, sampled …) of the `row` that shows one thing."""
+
+    file: str
+    picture: str
+    row: str
+    column: str
+
+
 @dataclass
 class Evaluation:
     """All that was found out about one trained model."""
@@ -83,6 +97,7 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)  # lists behind the numbers: KL a dimension, code counts
     environment: dict[str, str] = field(default_factory=dict)
+    sounds: list[Sound] = field(default_factory=list)
 
     def flat(self) -> dict[str, float]:
         """Name -> number, for a metrics file that is the same each time: what was not finite is left out (a warning
@@ -93,12 +108,29 @@ class Evaluation:
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + os.linesep
 
+    @property
+    def files(self) -> set[str]:
+        """All that lies beside `evaluation.json`."""
+        return {f.file for f in self.figures} | {name for s in self.sounds for name in (s.file, s.picture)}
+
+    def write(self, folder: Path, files: Mapping[str, bytes]) -> None:
+        """The files first, `evaluation.json` last; those of an earlier evaluation that are not made again go."""
+        folder.mkdir(parents=True, exist_ok=True)
+        stale = self.read(folder).files if (folder / FILE).exists() else set()
+        (folder / FILE).unlink(missing_ok=True)
+        for name in stale - set(files):
+            (folder / name).unlink(missing_ok=True)
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+        write_atomically(folder / FILE, self.to_json().encode())
+
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The inverse of what `evaluate` writes."""
+        """The inverse of `write`."""
         given = json.loads((folder / FILE).read_text())
         given["metrics"] = {name: Metric(**metric) for name, metric in given["metrics"].items()}
         given["figures"] = [Figure(**figure) for figure in given["figures"]]
+        given["sounds"] = [Sound(**sound) for sound in given.get("sounds", ())]
         return cls(**given)
 
 

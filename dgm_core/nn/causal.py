@@ -5,7 +5,8 @@
 `forward`. A column is written at its own position, so that it may be stepped again once more of it is known.
 
 Two stacks cover every preceding pixel without a blind spot (van den Oord et al. 2016, arXiv:1606.05328, §2.2): the
-vertical one sees rows, each over its whole width, the horizontal one sees the pixel's own row to its left.
+vertical one sees rows, each over its whole width, the horizontal one sees the pixel's own row to its left. One stack of
+masked convolutions (arXiv:1601.06759, §3.4) sees both at once, and has the blind spot.
 """
 
 from __future__ import annotations
@@ -130,3 +131,99 @@ class HorizontalConv(nn.Module):
 
     def _weight(self) -> Tensor:
         return self.weight if self.mask is None else self.weight * self.mask
+
+
+class RowsMemory:
+    """What a convolution of whole rows, the newest last, remembers of its input while rows come.
+
+    Args:
+        weight: (outputs, inputs, rows, columns).
+        pads: columns to the left and to the right of the pixel.
+        stride: of the output, both ways; `step` is then for every stride-th row, `put` for the others.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, n: int, width: int, *, pads: tuple[int, int], stride: int = 1
+    ) -> None:
+        self.weight, self.bias, self.pads, self.stride = weight, bias, pads, stride
+        self.rows = weight.new_zeros(n, weight.shape[1], weight.shape[2], width)
+
+    def put(self, x: Float[Tensor, " n inputs 1 W"]) -> None:
+        """The input's next row."""
+        self.rows = torch.cat([self.rows[:, :, 1:], x], 2)
+
+    def step(self, x: Float[Tensor, " n inputs 1 W"]) -> Float[Tensor, " n outputs 1 W"]:
+        """The output at the input's next row."""
+        self.put(x)
+        return F.conv2d(F.pad(self.rows, self.pads), self.weight, self.bias, stride=(1, self.stride))
+
+
+class RasterMemory:
+    """What a convolution of the rows above and the own row's left remembers of its input while a grid is drawn.
+
+    `row` takes the row above as complete and adds up, for all columns at once, what the rows above contribute; `step`
+    adds what the own row does. It serves every row: a step reads only columns of its own row, written since.
+
+    Args:
+        weight: (outputs, inputs, rows, columns); the last row is the pixel's own, and `left` of its columns lie left of
+            the pixel. What lies right of it there is not read.
+        stride: of the output, both ways; `row` is then for every stride-th row only, and `rows` at most 2.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, n: int, width: int, *, left: int, stride: int = 1) -> None:
+        _, inputs, rows, columns = weight.shape
+        self.above, self.bias = weight[:, :, :-1], bias
+        self.own = weight[:, :, -1, : left + 1].transpose(1, 2).flatten(1).t()
+        self.pads, self.stride = (left, columns - 1 - left), stride
+        self.rows = weight.new_zeros(n, inputs, rows - 1, width)
+        self.columns = weight.new_zeros(n, left + width, inputs)
+        self.sides: Tensor | None = None  # (columns of the output, n, outputs)
+
+    def row(self, extra: Float[Tensor, " n outputs 1 W"] | None = None) -> None:
+        """Call it for each row, in order, before its columns; `extra` is added to the whole row."""
+        last = self.columns[:, self.pads[0] :].transpose(1, 2)[:, :, None]
+        self.rows = torch.cat([self.rows[:, :, 1:], last], 2)
+        sides = F.conv2d(F.pad(self.rows, self.pads), self.above, self.bias, stride=(1, self.stride))
+        sides = sides if extra is None else sides + extra
+        self.sides = sides[:, :, 0].permute(2, 0, 1).contiguous()
+
+    def put(self, x: Float[Tensor, " n inputs"], c: int) -> None:
+        """The input's column c of the current row."""
+        self.columns[:, c + self.pads[0]] = x
+
+    def step(self, x: Float[Tensor, " n inputs"], c: int) -> Float[Tensor, " n outputs"]:
+        """The output at the input's column c, from that column and those put before it."""
+        assert self.sides is not None, "row comes before its columns"
+        self.put(x, c)
+        seen = self.columns[:, c : c + self.pads[0] + 1].flatten(1)
+        return torch.addmm(self.sides[c // self.stride], seen, self.own)
+
+
+class MaskedConv(nn.Module):
+    """A kernel×kernel convolution that sees the rows above and the own row up to the pixel itself.
+
+    Of the pixel itself an output sees what `mask` (outputs, inputs) lets through, see `channel_mask`; all, if None. The
+    rows below, where a mask has zeros only, are neither stored nor multiplied: kernel // 2 + 1 rows are left. Layer on
+    layer leaves a blind spot: u rows up nothing is seen more than u · (kernel // 2) columns to the right.
+    """
+
+    mask: Tensor
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, mask: Tensor | None = None) -> None:
+        super().__init__()
+        self.side = kernel // 2
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, self.side + 1, kernel))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        nn.init.xavier_uniform_(self.weight)
+        seen = torch.ones(1 if mask is None else outputs, 1 if mask is None else inputs, self.side + 1, kernel)
+        seen[:, :, -1, self.side + 1 :] = 0
+        if mask is not None:
+            seen[:, :, -1, self.side] = mask
+        self.register_buffer("mask", seen, persistent=False)
+
+    def forward(self, x: Float[Tensor, " B inputs H W"]) -> Float[Tensor, " B outputs H W"]:
+        x = F.pad(x, (0, 0, self.side, 0))
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=(0, self.side))
+
+    def start(self, n: int, width: int) -> RasterMemory:
+        return RasterMemory(self.weight * self.mask, self.bias, n, width, left=self.side)

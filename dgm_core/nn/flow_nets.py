@@ -93,7 +93,7 @@ class CouplingMLP(nn.Sequential):
     def __init__(self, dims: int, out: int, features: int, hidden: int) -> None:
         layers: list[nn.Module] = []
         for _ in range(hidden):
-            layers += [nn.Linear(dims, features), nn.ReLU()]
+            layers += [nn.Linear(dims, features), nn.ReLU(inplace=True)]
             dims = features
         last = nn.Linear(dims, out)
         nn.init.zeros_(last.weight)

@@ -1,7 +1,8 @@
 """Blocks of generators and critics: perceptrons, and pre-activation residual blocks that halve or double resolution.
 
-I. Gulrajani, F. Ahmed, M. Arjovsky, V. Dumoulin, A. Courville, 2017. arXiv:1704.00028, appendices C and F. Weights
-start uniform with the variance of Glorot, doubled in front of a ReLU as in the authors' code; biases at zero.
+Residual blocks: I. Gulrajani, F. Ahmed, M. Arjovsky, V. Dumoulin, A. Courville, 2017. arXiv:1704.00028, appendices C
+and F. Weights start uniform with the variance of Glorot, doubled in front of a ReLU as in the authors' code; biases at
+zero.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 Norm = Callable[[int], nn.Module]
 
@@ -46,6 +48,46 @@ def mlp(features: int, hidden: int, depth: int, out: int) -> nn.Sequential:
         layers += [nn.Linear(features, hidden), nn.ReLU()]
         features = hidden
     return nn.Sequential(*layers, nn.Linear(features, out))
+
+
+class Maxout(nn.Module):
+    """maxₖ (Wₖ x + bₖ) of every unit. I. Goodfellow et al., 2013. arXiv:1302.4389."""
+
+    def __init__(self, features: int, units: int, pieces: int) -> None:
+        super().__init__()
+        self.shape = (units, pieces)
+        self.linear = nn.Linear(features, units * pieces)
+
+    def forward(self, x: Float[Tensor, " B features"]) -> Float[Tensor, " B units"]:
+        return self.linear(x).unflatten(1, self.shape).max(-1).values
+
+
+def hidden(features: int, units: int, pieces: int) -> nn.Module:
+    """A hidden layer: maxout, or a ReLU layer where there is but one piece."""
+    return Maxout(features, units, pieces) if pieces > 1 else nn.Sequential(nn.Linear(features, units), nn.ReLU())
+
+
+def maxout_layers(
+    features: int, units: int, depth: int, pieces: int, *, input_dropout: float = 0.0, dropout: float = 0.0
+) -> nn.Sequential:
+    """`depth` hidden layers with dropout in front of each and behind the last: (B, features) -> (B, units)."""
+    layers: list[nn.Module] = [nn.Dropout(input_dropout)]
+    for _ in range(depth):
+        layers += [hidden(features, units, pieces), nn.Dropout(dropout)]
+        features = units
+    return nn.Sequential(*layers)
+
+
+def start_uniform(module: nn.Module, reach: float) -> None:
+    """Weights of every linear layer uniform in [−reach, reach], biases at zero."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.uniform_(part.weight, -reach, reach)
+            nn.init.zeros_(part.bias)
+
+
+def one_hot(y: Int[Tensor, " B"], classes: int, dtype: torch.dtype) -> Float[Tensor, " B classes"]:
+    return (y[:, None] == torch.arange(classes, device=y.device)).to(dtype)
 
 
 class ResidualBlock(nn.Module):

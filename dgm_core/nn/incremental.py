@@ -2,13 +2,15 @@
 
 The order is raster: rows, within a row columns, within a pixel channels. A network computes what depends on the rows
 above once a row and what depends on the pixel's own row once a coordinate; its layers remember the rest. A sequence is
-a grid of one row; a network whose state is recurrent keeps it in `start`'s memory.
+a grid of one row; a network whose state is recurrent keeps it in `start`'s memory, and one that can take in a whole
+prefix at once (`TakesPrefix`) is not stepped through what is observed.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +35,14 @@ class Incremental(Protocol[Memory]):
     def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, " n params"]:
         """What `draw` is told of channel k of pixel (r, c), all coordinates before it being drawn: logits, say."""
         ...
+
+
+class TakesPrefix(ABC):
+    """Networks of sequences that need no step for columns that are known from the start."""
+
+    @abstractmethod
+    def take_prefix(self, memory: Any, columns: int) -> None:
+        """Straight after `start`: leave the memory as if the canvas's first columns had been stepped."""
 
 
 def draw_categorical(
@@ -81,9 +91,14 @@ def fill(
     """
     _, channels, height, width = canvas.shape
     memory = network.start(canvas, condition)
+    first = 0
+    if isinstance(network, TakesPrefix) and observed is not None and height == 1:
+        first = int(observed.all(0).all(0)[0].long().cumprod(0).sum())
+        if first:
+            network.take_prefix(memory, first)
     for r in range(height):
         network.row(memory, r)
-        for c in range(width):
+        for c in range(first, width):
             for k in range(channels):
                 drawn = draw(network.step(memory, r, c, k), noise[:, k, r, c], temperature, top_p)
                 if observed is not None:

@@ -103,6 +103,7 @@ def build_players(model: GenerativeModel, recipe: Recipe) -> dict[str, Player]:
     return {
         player: Player(player, {names[id(p)]: p for p in owned[player]}, settings)
         for player, settings in recipe.optimizers.items()
+        if owned[player]  # a configuration may leave a player without parameters
     }
 
 

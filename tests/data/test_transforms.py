@@ -188,6 +188,14 @@ def test_variants_are_written_and_recorded(tmp_path: Path) -> None:
         assert torch.equal(shown, plain.split(split).rows(rows).x)
 
 
+def test_bits_of_mu_law_audio_are_of_its_levels() -> None:
+    spec = DataSpec("audio", (5,), None)
+    steps = parse({"source": "wav", "transform": "mu_law"}).transform
+    info = {"original": spec.to_dict(), "transforms": records(spec, steps, None)}
+    log_prob = torch.tensor([-5 * math.log(256)], dtype=torch.float64)
+    assert bits_per_dim(log_prob, torch.zeros(1, 5), info).tolist() == pytest.approx([8.0])
+
+
 def test_data_that_is_no_picture_or_sound_is_not_shown() -> None:
     info = {"original": DataSpec("vector", (2,), None).to_dict(), "transforms": []}
     with pytest.raises(DataMismatch, match="is no picture"):

@@ -120,33 +120,6 @@ def test_traversals_vary_the_dimensions_of_the_greatest_kl_first():
     assert len(np.unique(rights, axis=0)) > 2
 
 
-def test_density_beside_the_truth_has_its_peak_at_the_mode():
-    from dgm_core.models.latent.ppca import PPCA
-
-    spec = DataSpec("vector", (2,), None)
-    model = PPCA(PPCA.Config(latents=1), spec)
-    model.mean.copy_(torch.tensor([1.0, -2.0]))
-    model.weight.zero_()
-    model.log_variance.fill_(-3.0)
-    real = torch.randn(200, 2) * 2
-    seen = {}
-
-    def remember(panels, box, heat):
-        seen.update(panels=panels, box=box, heat=heat)
-        return b""
-
-    original, figures.scatters = figures.scatters, remember
-    try:
-        figures.plane(model, real, model.sample(50), spec)
-    finally:
-        figures.scatters = original
-    left, right, bottom, top = seen["box"]
-    row, column = divmod(int(seen["heat"][1].argmax()), figures.SIDE)  # rows go up, columns to the right
-    assert left + (right - left) * column / (figures.SIDE - 1) == pytest.approx(1.0, abs=0.1)
-    assert bottom + (top - bottom) * row / (figures.SIDE - 1) == pytest.approx(-2.0, abs=0.1)
-    assert [name for name, _ in seen["panels"]] == ["data", "samples"]
-
-
 def test_receptive_fields_are_the_columns_of_the_matrix():
     class Energy(Ising):
         def __init__(self) -> None:

@@ -15,9 +15,14 @@ from tests.evaluation.handmade import IMAGES, factory, images
 
 
 def made(spec: DataSpec, n: int = 480) -> Batch:
-    """Two classes, stored one after the other, that differ in the mean of what is stored."""
+    """Two classes, stored one after the other, that differ in the mean of what is stored, or in loudness."""
     y = torch.arange(n) // (n // 2)
     shape = (n, *spec.shape)
+    if spec.kind == "audio":  # a mean cannot be heard
+        x = torch.randn(shape) * (1 + y[:, None])
+        if spec.levels is not None:
+            x = (spec.levels * (x / 16 + 0.5)).clamp(0, spec.levels - 1)
+        return Batch(x.to(spec.dtype), y)
     if spec.levels is None:
         return Batch(torch.randn(shape) + 4.0 * y.view(-1, *[1] * len(spec.shape)), y)
     low, high = torch.randint(0, spec.levels // 2, shape), torch.randint(spec.levels // 2, spec.levels, shape)

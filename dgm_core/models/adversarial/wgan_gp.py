@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dgm_core.config import Optimizer, Recipe, Strict
-from dgm_core.contract import DataMismatch, DataSpec, Loss
+from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, Loss
 from dgm_core.models.adversarial.base import AdversarialModel
 from dgm_core.nn.gan_blocks import InputBlock, Norm, ResidualBlock, conv, linear, mlp, no_norm
 from dgm_core.nn.norm import BatchNorm, LayerNorm
@@ -94,6 +94,7 @@ class WGANGP(AdversarialModel):
         critic_norm: Literal["none", "layer"] = Field(default="none", description="of a ResNet critic")
 
     config: Config
+    opponent = "critic"
 
     @classmethod
     def defaults(cls, data: DataSpec) -> tuple[Config, Recipe]:
@@ -115,7 +116,7 @@ class WGANGP(AdversarialModel):
         return cls.Config(latents=16, features=8), recipe.merged({"steps": 60, "batch_size": 32})
 
     def __init__(self, config: Config, data: DataSpec) -> None:
-        super().__init__(config, data, latents=config.latents, critic_steps=config.critic_steps)
+        super().__init__(config, data, latents=config.latents, plays=config.critic_steps)
         f = config.features
         if data.kind == "vector":
             body: nn.Module = mlp(config.latents, f, config.depth, data.dims)
@@ -131,19 +132,19 @@ class WGANGP(AdversarialModel):
             self.critic = nn.Sequential(ResNetCritic(data.shape, f, norm), nn.Flatten(0))
         self.generator = body if data.levels is None else nn.Sequential(body, nn.Tanh())
 
-    def critic_loss(self, real: Float[Tensor, " B *shape"], fake: Float[Tensor, " B *shape"]) -> Loss:
-        fake = fake.detach()
+    def opponent_loss(self, batch: Batch, fake: Float[Tensor, " B *shape"], clock: Clock) -> Loss:
+        real = self.to_network(batch.x)
         epsilon = torch.rand(real.shape[0], device=real.device, dtype=real.dtype)
         # Examples do not meet in the critic, so that one pass scores both batches.
-        scores = self.critic(torch.cat([real, fake.to(real.dtype)]))
+        scores = self.critic(torch.cat([real, fake]))
         distance = -wasserstein_critic(*scores.chunk(2))
-        norm = gradient_norm(self.critic, interpolate(real, fake.to(real.dtype), epsilon))
+        norm = gradient_norm(self.critic, interpolate(real, fake, epsilon))
         penalty = gradient_penalty(norm)
         metrics = {"wasserstein": distance, "gradient_penalty": penalty, "gradient_norm": norm.mean()}
         value = self.config.gradient_penalty * penalty - distance
         return Loss(value, {name: metric.detach() for name, metric in metrics.items()})
 
-    def generator_loss(self, fake: Float[Tensor, " B *shape"]) -> Loss:
+    def generator_loss(self, batch: Batch, fake: Float[Tensor, " B *shape"], clock: Clock) -> Loss:
         return Loss(wasserstein_generator(self.critic(fake)))
 
 

@@ -12,7 +12,7 @@ A concrete model sets `network` and `conditioner`; the network maps a grid of in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -93,9 +93,20 @@ class ContextMap(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """Labels, vectors and spatial contexts, summed: (B, features, H, W), or (B, features, 1, 1) if none is spatial."""
+    """Labels, vectors and spatial contexts, summed: (B, features, H, W), or (B, features, 1, 1) if none is spatial.
 
-    def __init__(self, data: DataSpec, features: int, depth: int, *, labels: bool) -> None:
+    `spatial` makes the map of a context that is no vector, from its name and spec; `ContextMap` by default.
+    """
+
+    def __init__(
+        self,
+        data: DataSpec,
+        features: int,
+        depth: int,
+        *,
+        labels: bool,
+        spatial: Callable[[str, DataSpec], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.label = nn.Embedding(data.classes, features) if labels and data.classes else None
         maps, vectors = {}, {}
@@ -103,7 +114,7 @@ class Conditioner(nn.Module):
             if context.kind == "vector":
                 vectors[name] = Pointwise(context.dims, features)
             else:
-                maps[name] = ContextMap(name, context, data, features, depth)
+                maps[name] = spatial(name, context) if spatial else ContextMap(name, context, data, features, depth)
         self.shapes = {name: context.shape for name, context in data.context.items()}
         self.maps = nn.ModuleDict(maps)
         self.vectors = nn.ModuleDict(vectors)
@@ -238,7 +249,9 @@ class RasterModel(GenerativeModel, HasLikelihood, HasCompletion):
         context: Mapping[str, Tensor],
         temperature: float,
         top_p: float,
+        network: Any = None,
     ) -> Int[Tensor, " n *shape"]:
+        """Fill the canvas; `network` stands in for the model's own if that is to be read in another way."""
         if not (temperature > 0 and 0 < top_p <= 1):
             raise ValueError(f"temperature > 0 and 0 < top_p <= 1 are accepted; given: {temperature} and {top_p}")
         if self.conditioner.label is not None:
@@ -251,7 +264,7 @@ class RasterModel(GenerativeModel, HasLikelihood, HasCompletion):
                 condition = self.conditioner(canvas.shape[0], y, context)
                 noise = draw_noise(canvas, next(self.parameters()).dtype)
                 options = {"temperature": temperature, "top_p": top_p, "draw": self.draw}
-                fill(self.network, canvas, noise, condition, observed, **options)
+                fill(self.network if network is None else network, canvas, noise, condition, observed, **options)
         finally:
             self.train(training)
         return canvas.view(canvas.shape[0], *self.data.shape).to(self.data.dtype)

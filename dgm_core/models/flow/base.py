@@ -20,7 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgm_core.bijections import Bijection, Context, ScaledLogit, Standardize, promote
+from dgm_core.bijections import (
+    Bijection,
+    Context,
+    Dequantizer,
+    ScaledLogit,
+    Standardize,
+    UniformDequantizer,
+    no_log_det,
+    promote,
+)
 from dgm_core.capabilities import HasDecoder, HasInverse, HasLikelihood, HasReparametrizedSample
 from dgm_core.config import Strict
 from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss
@@ -35,7 +44,8 @@ Objective = Literal["likelihood", "reverse_kl"]
 
 
 class FlowModel(GenerativeModel, HasLikelihood, HasDecoder, HasInverse, HasReparametrizedSample):
-    """A flow: a concrete model builds `flow`, from standardised data to a flat latent, and may replace `base`.
+    """A flow: a concrete model builds `flow`, from standardised data to a flat latent, and may replace `base`,
+    `to_real` and `dequantizer`.
 
     Args:
         alpha: of the logit for integer-valued data.
@@ -73,6 +83,7 @@ class FlowModel(GenerativeModel, HasLikelihood, HasDecoder, HasInverse, HasRepar
         self.conditional = conditional
         self.standardize = standardize and data.levels is None and self.target is None
         self.to_real: Bijection = Standardize(data.shape[0]) if data.levels is None else ScaledLogit(data.levels, alpha)
+        self.dequantizer: Dequantizer = UniformDequantizer()
         self.base: Base = StandardNormal()
 
     def enter(self, turn: str, batches: Iterator[Batch]) -> None:
@@ -168,10 +179,10 @@ class FlowModel(GenerativeModel, HasLikelihood, HasDecoder, HasInverse, HasRepar
         value = (log_q + self.inverse_temperature(clock) * energy).mean()
         return Loss(value + self.penalty(), {"reverse_kl_nats": found + self.target.log_z(), "free_energy_nats": found})
 
-    def _dequantize(self, x: Tensor) -> tuple[Float[Tensor, " B *shape"], Float[Tensor, " B"] | float]:
+    def _dequantize(self, x: Tensor) -> tuple[Float[Tensor, " B *shape"], Float[Tensor, " B"]]:
         """x + u and log q(u | x)."""
         x = x.to(self._dtype)
-        return (x, 0.0) if self.data.levels is None else (x + torch.rand_like(x), 0.0)
+        return (x, no_log_det(x)) if self.data.levels is None else self.dequantizer(x)
 
     def _normalize(
         self, x: Float[Tensor, " B *shape"], label: Context = None

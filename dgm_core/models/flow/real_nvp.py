@@ -37,10 +37,11 @@ from dgm_core.bijections import (
     FactorOut,
     Flatten,
     MaskedCoupling,
+    SplitCoupling,
     Squeeze,
-    alternating_mask,
+    alternating_parts,
     checkerboard_mask,
-    half_mask,
+    half_parts,
 )
 from dgm_core.config import Optimizer, Recipe, Strict
 from dgm_core.contract import DataMismatch, DataSpec
@@ -114,11 +115,13 @@ class RealNVP(FlowModel):
 
     def _couple_vector(self, dims: int) -> Bijection:
         c = self.config
-        masks = {"alternating": alternating_mask, "half": half_mask}[c.mask]
+        split = {"alternating": alternating_parts, "half": half_parts}[c.mask]
         parts: list[Bijection] = []
         for i in range(c.depth):
-            net = CouplingMLP(dims, BoundedAffine.outputs * dims, c.features, c.blocks)
-            parts.append(MaskedCoupling(masks(dims, i % 2), net, BoundedAffine()))
+            passing, moving = split(dims, i % 2)
+            seen, said = (len(range(dims)[part]) for part in (passing, moving))
+            net = CouplingMLP(seen, BoundedAffine.outputs * said, c.features, c.blocks)
+            parts.append(SplitCoupling((passing, moving), net, BoundedAffine()))
             parts += self._normalization(dims)
         return Chain(*parts)
 

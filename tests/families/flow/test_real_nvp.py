@@ -101,7 +101,7 @@ def test_integer_probabilities_sum_to_what_lies_inside_the_range() -> None:
     error = (draws.exp().var(0).sum() / repeats + mass * (1 - mass) / 100_000).sqrt()
     assert error < 0.01
     assert abs(probabilities.sum() - mass) < 5 * error
-    assert mass > 0.9
+    assert mass > 0.8
     elbo = draws.mean(0).exp()
     assert elbo.sum() < probabilities.sum() <= 1 + 5 * error
     assert (elbo <= probabilities).all()
