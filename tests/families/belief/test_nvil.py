@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dgm_core.contract import Batch, Clock, DataSpec
 from dgm_core.models.belief.nvil import NVIL
+from dgm_core.nn.running import RunningMoments
+from dgm_core.training.optimisers import build_players
 from tests.families.belief.enumeration import assert_mean, given, gradients, log_p, log_q, randomise, states
 
 CLOCK = Clock(0, 10)
@@ -230,6 +232,18 @@ def test_statistics_start_at_the_first_batch_and_follow_once_a_play():
     assert torch.allclose(instance.moments.covariance, expected, atol=1e-10)
 
 
+def test_running_moments_are_those_of_all_that_was_added():
+    moments = RunningMoments(3, 2).double()
+    values = torch.randn(40, 3, 2).double() + 5
+    for part in values.split(7):
+        moments.add(part)
+    moments.settle(1.0)
+    assert torch.allclose(moments.mean, values.mean(0), atol=1e-12)
+    for group in range(3):
+        expected = torch.cov(values[:, group].T, correction=0)
+        assert torch.allclose(moments.covariance[group], expected, atol=1e-12)
+
+
 def test_players_follow_the_objective():
     def moves(**config: Any) -> tuple[str, ...]:
         return model(**config).turns()[0].players
@@ -237,6 +251,9 @@ def test_players_follow_the_objective():
     assert moves() == ("generative", "recognition", "baseline")
     assert moves(baseline=False) == ("generative", "recognition")
     assert moves(objective="vimco", samples=2) == ("generative", "recognition")
+    idle = model(objective="vimco", samples=2)
+    _, recipe = NVIL.tiny(idle.data)  # which has an optimiser for baselines, that vimco has not
+    assert list(build_players(idle, recipe)) == ["generative", "recognition"]
     assert len(model(local_signals=False).baselines) == 1
     assert len(model().baselines) == 2
     with pytest.raises(ValueError, match="set samples to 2 or more"):

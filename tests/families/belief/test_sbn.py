@@ -100,3 +100,16 @@ def test_beyond_enumeration_the_bound_is_mean_fields_and_importance_sampling_clo
 def test_more_than_sixteen_hidden_units_are_not_enumerated():
     assert model(hidden=(16,)).exact
     assert not model(hidden=(9, 8)).exact
+
+
+def test_many_examples_are_inferred_some_at_a_time(monkeypatch):
+    instance = model()
+    instance.exact = False
+    (x,) = states(6)
+    together = instance.log_prob(x)
+    monkeypatch.setattr("dgm_core.models.belief.sbn.MEMORY", 3 * 6 * 4)  # three examples of 6 × 4 weights
+    rows: list[int] = []
+    infer = instance.infer
+    monkeypatch.setattr(instance, "infer", lambda v: rows.append(len(v)) or infer(v))
+    assert torch.allclose(instance.log_prob(x), together, atol=1e-12)
+    assert rows == [3] * 21 + [1]
