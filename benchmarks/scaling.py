@@ -21,7 +21,6 @@ from benchmarks.harness import RESULTS, ROOT, Row, report, write_json
 from benchmarks.scale import check, measure, page
 from benchmarks.scale.account import account
 from benchmarks.scale.settings import SETTINGS
-from dgm_core.models import CATALOG
 
 PAGE = ROOT / "docs" / "scaling.md"
 LEAST, MOST = 0.7, 1.4  # measured over predicted
@@ -87,7 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             **json.loads(path.read_text(encoding="utf-8")),
             "core": {"matmul": matmul, "sustained": sustained(found)},
             "models": found,
-            "without_setting": sorted(CATALOG.keys() - SETTINGS.keys()),
             "check": checked,
         }
         write_json(path, stored)
