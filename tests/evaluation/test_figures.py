@@ -63,16 +63,19 @@ def test_codes_have_colours_of_their_own():
 
 
 def test_a_tone_lies_where_its_frequency_is():
-    """An eighth of the sampling rate: a quarter of the way up to Nyquist; and the wave spans its amplitude."""
+    """An eighth of the sampling rate: a quarter of the way up to Nyquist. The wave fills its frame, and next to one
+    that is `factor` times as loud it is enlarged by no more than `LOUDER`."""
     t = torch.arange(4096)
-    wave = 0.5 * torch.sin(2 * torch.pi * t / 8)[None]
-    shown = drawing.pictures(wave, DataSpec("audio", (4096,), None), lambda x: x).float().sum(1)[0]
+    tone, factor = 0.5 * torch.sin(2 * torch.pi * t / 8), 2 * drawing.LOUDER
+    both = torch.stack([tone, tone / factor])
+    shown = drawing.pictures(both, DataSpec("audio", (4096,), None), lambda x: x).float().sum(1)
     height = drawing.WAVE[0]
-    brightest = shown[height:].mean(1).argmax().item()
-    assert brightest == pytest.approx(height * (1 - 0.25), abs=1.5)
-    drawn = (shown[:height] < 3 * 255).any(1).nonzero()[:, 0]
-    assert drawn.min().item() == pytest.approx(height / 4, abs=1.5)
-    assert drawn.max().item() == pytest.approx(3 * height / 4, abs=1.5)
+    for one, half in zip(shown, (height / 2, height / 4), strict=True):
+        brightest = one[height:].mean(1).argmax().item()
+        assert brightest == pytest.approx(drawing.SPECTRUM * (1 - 0.25), abs=1.5)
+        drawn = (one[:height] < 3 * 255).any(1).nonzero()[:, 0]
+        assert drawn.min().item() == pytest.approx(height / 2 - half, abs=1.5)
+        assert drawn.max().item() == pytest.approx(height / 2 + half - 1, abs=1.5)
 
 
 def test_bytes_depend_on_the_input_alone():

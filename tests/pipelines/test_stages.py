@@ -164,7 +164,7 @@ def test_samples_are_written_by_the_name_of_the_file(project: Path) -> None:
     for arguments, message in (
         (["vae", "--out", "x.npz", "--set", "temprature=1"], "this model's options: temperature"),
         (["vea", "--out", "x.npz"], "is not a finished run"),
-        (["vae", "--out", "x.gif"], "FILE.png, FILE.npz, or a folder"),
+        (["vae", "--out", "x.gif"], "FILE.png, FILE.npz, FILE.wav of audio, or a folder"),
     ):
         with pytest.raises(Usage, match=message):
             sample.main(arguments)
