@@ -62,7 +62,8 @@ class Radial(Bijection):
 
     Args:
         amortised: the parameters come with the context, (B, `size`): z₀, a and b of all maps, in this order. Otherwise
-            they are the layer's own, at first nearly the identity: z₀ ~ N(0, `spread`² I), a = 0 and b ~ N(0, 0.01²).
+            they are the layer's own, at first moderate pushes and pulls, z₀ ~ N(0, `spread`² I), a = 0 and b ~ N(0, 1):
+            maps that start alike, next to the identity, come to share their work less well.
     """
 
     def __init__(self, dims: int, depth: int, *, amortised: bool = False, spread: float = 1.0) -> None:
@@ -72,7 +73,7 @@ class Radial(Bijection):
         if not amortised:
             self.z0 = nn.Parameter(spread * torch.randn(depth, dims))
             self.a = nn.Parameter(torch.zeros(depth))
-            self.b = nn.Parameter(0.01 * torch.randn(depth))
+            self.b = nn.Parameter(torch.randn(depth))
 
     def forward(
         self, x: Float[Tensor, " B D"], context: Context = None

@@ -87,17 +87,10 @@ class _Rows(nn.Module):
         self.stair = nn.Parameter(start[:, self.common : -1] * self.mask) if self.width > self.common else None
 
     def forward(self, x: Float[Tensor, " B inputs"]) -> Float[Tensor, " B heads*rows"]:
-        if self.stair is None:
-            return (
-                self.bias.expand(x.shape[0], -1)
-                if self.matrix is None
-                else F.linear(x[:, : self.common], self.matrix, self.bias)
-            )
-        stair = self.stair * self.mask
-        if self.matrix is None:
-            return F.linear(x[:, : self.width], stair, self.bias)
-        common = F.linear(x[:, : self.common], self.matrix, self.bias)
-        return torch.addmm(common, x[:, self.common : self.width], stair.t())
+        common = self.bias if self.matrix is None else F.linear(x[:, : self.common], self.matrix, self.bias)
+        if self.stair is not None:
+            return torch.addmm(common, x[:, self.common : self.width], (self.stair * self.mask).t())
+        return common if self.matrix is not None else common.expand(x.shape[0], -1)
 
     def dense(self, inputs: int) -> tuple[Float[Tensor, " heads*rows inputs"], Float[Tensor, " heads*rows"]]:
         weight = self.bias.new_zeros(len(self.bias), inputs)

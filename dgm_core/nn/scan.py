@@ -89,7 +89,8 @@ class _Scan(torch.autograd.Function):
         around = (1, *gates.shape[1:3], 1)
         seen = hidden.repeat(1, taps)[:, None, None].repeat(around)  # h⁻, one tap beside the other
         carried = cell[:, None, None].repeat(around)  # c⁻
-        active, squashed, out = torch.empty_like(gates), torch.empty_like(carried), torch.empty_like(carried)
+        active = gates.new_empty(gates.shape)
+        squashed, out = torch.empty_like(carried), torch.empty_like(carried)
         before, start = cell, 0  # the last block's cells, and where it starts
         for block, reads, _ in plan.steps:
             for tap, (here, there) in enumerate(reads):

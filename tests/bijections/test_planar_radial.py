@@ -185,8 +185,8 @@ def test_layer_with_its_own_parameters(name: str) -> None:
     layer: Bijection = LAYERS[name](3, 4).double()
     z = normal(5, 3)
     y, log_det = layer(z)
-    # A slight bend at first: u, and b for radial maps, have standard deviation 0.01.
-    assert 0 < (y - z).abs().max() < 0.3
+    # At first planar maps are slight bends, of 0.01 each, and radial ones pushes and pulls of up to about |z|.
+    assert 0 < (y - z).abs().max() < (0.3 if name == "planar" else 3)
     back, log_det_back = layer.inverse(y)
     torch.testing.assert_close(back, z, **EXACT)
     torch.testing.assert_close(log_det_back, -log_det, **EXACT)

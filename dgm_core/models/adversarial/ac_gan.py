@@ -113,9 +113,8 @@ class ACGAN(AdversarialModel):
 
     @classmethod
     def tiny(cls, data: DataSpec) -> tuple[Config, Recipe]:
-        adam = Optimizer(lr=3e-3, betas=(0.0, 0.9), schedule="linear")
-        players = {"discriminator": adam, "generator": adam.merged({"ema": 0.95})}
-        recipe = Recipe(batch_size=32, steps=300, optimizers=players)
+        adam = Optimizer(lr=2e-3, betas=(0.5, 0.99), schedule="linear")
+        recipe = Recipe(batch_size=64, steps=300, optimizers={"discriminator": adam, "generator": adam})
         if data.kind == "image":
             return cls.Config(latents=8, features=16, units=4, dropout=0.1), recipe
         return cls.Config(latents=max(2, data.dims), features=32, units=32, depth=2, dropout=0.0), recipe

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from dgm_core import distributed
 from dgm_core.bijections import (
     ActNorm,
     ActNormConv2d,
@@ -49,6 +50,7 @@ from dgm_core.bijections import (
     PlainConvolution,
     Rescale,
     Reverse,
+    ScaledLogit,
     SigmoidAffine,
     SplitPrior,
     Squeeze,
@@ -67,7 +69,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 DEQUANTIZER_DEPTH = 4  # couplings
-FIRST_BATCHES = 4  # set the activation normalisation: 256 images of the authors' batches of 64
+FIRST = 256  # images, at least, set the activation normalisation (the authors' code)
 
 
 class _ZeroConv2d(nn.Module):
@@ -164,6 +166,12 @@ class Glow(FlowModel):
             default="lu", description="1 × 1 convolution by its LU factors or its entries; or channels in a fixed order"
         )
         conditional: bool = Field(default=False, description="model p(x | y)")
+        alpha: float | None = Field(
+            default=None,
+            gt=0,
+            lt=0.5,
+            description="integers through Real NVP's logit of α + (1 − 2α) x; None: linearly",
+        )
         dequantization: Literal["uniform", "variational"] = "uniform"
         memory: Memory = Field(default="store", description="what a level keeps of its steps for the backward pass")
 
@@ -194,16 +202,20 @@ class Glow(FlowModel):
                 f"{config.levels} levels halve the image {config.levels} times, which {data.shape[1:]} does not allow: "
                 f"at most {most}. Set config.levels, or prepare the images at another size (transform pad)."
             )
+        if data.levels is None and (config.dequantization == "variational" or config.alpha is not None):
+            raise DataMismatch("alpha and dequantization: variational are for integers, and this data is real-valued")
         if data.levels is not None:
-            self.to_real = Rescale(-0.5, 1 / data.levels)
-            if config.dequantization == "variational":
-                self.dequantizer = self._variational(data)
-        elif config.dequantization == "variational":
-            raise DataMismatch("dequantization: variational is for integers, and this data is real-valued")
+            self.to_real = (
+                Rescale(-0.5, 1 / data.levels) if config.alpha is None else ScaledLogit(data.levels, config.alpha)
+            )
+        if config.dequantization == "variational":
+            self.dequantizer = self._variational(data)
         self.flow = self._level(data.shape, config.levels)
 
     def enter(self, turn: str, batches: Iterator[Batch]) -> None:
-        first = list(islice(batches, FIRST_BATCHES))
+        first = list(islice(batches, 1))
+        together = sum(distributed.row_counts(first[0].x.shape[0] if first else 0, self.device))
+        first += islice(batches, -(-FIRST // max(1, together)) - 1)  # as many batches on every rank
         super().enter(turn, chain(first, batches))
         if not first:  # a rank without a share of a small data set still takes part in the moments of all ranks
             nothing = torch.empty(0, *self.data.shape, dtype=self.data.dtype, device=self.device)

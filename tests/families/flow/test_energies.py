@@ -106,11 +106,10 @@ def test_gradients_reach_every_parameter(kind: str) -> None:
         assert (p.grad.abs() > 0).all(), name
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_training_starts_near_a_standard_normal(kind: str) -> None:
+def test_planar_training_starts_near_a_standard_normal() -> None:
     spec = energy("u1")
     torch.manual_seed(0)
-    model = MODELS[kind](MODELS[kind].defaults(spec)[0], spec).double()
+    model = PlanarFlow(PlanarFlow.defaults(spec)[0], spec).double()
     x = torch.randn(500, 2, dtype=torch.float64)
     normal = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)
     # 32 bends, each of a hundredth: independent, they add up to some 0.06 of a nat.

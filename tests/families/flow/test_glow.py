@@ -20,6 +20,7 @@ VARIANTS: dict[str, tuple[DataSpec, dict[str, object]]] = {
     "additive": (DataSpec("image", (1, 4, 4), 8), {"coupling": "additive", "permutation": "shuffle"}),
     "reversed": (DataSpec("image", (2, 2, 2), 4), {"permutation": "reverse"}),
     "labelled": (DataSpec("image", (1, 4, 4), 8, classes=3), {"conditional": True}),
+    "logit": (DataSpec("image", (1, 4, 4), 8), {"alpha": 0.05}),
     "variational": (DataSpec("image", (1, 4, 4), 8), {"dequantization": "variational"}),
     "real": (DataSpec("image", (2, 4, 4), None), {"memory": "checkpoint"}),
     "reconstructed": (DataSpec("image", (1, 4, 4), 8, classes=3), {"conditional": True, "memory": "invertible"}),
@@ -155,9 +156,9 @@ def test_learnt_noise_keeps_the_contract() -> None:
 
 
 def test_entering_whitens_every_layer_on_the_first_batches() -> None:
-    """Mean 0 and variance 1 of each channel after every step's activation normalisation, over four batches together."""
+    """Mean 0 and variance 1 of each channel after every step's activation normalisation, over 256 images together."""
     model = build("colour").train()
-    batches = [data(model.data, n) for n in (5, 6, 7, 8, 9)]
+    batches = [data(model.data, n) for n in (100, 100, 60, 70)]
     inputs: dict[NormalizedConvolution, Tensor] = {}
     for module in model.modules():
         if isinstance(module, NormalizedConvolution):
@@ -166,7 +167,7 @@ def test_entering_whitens_every_layer_on_the_first_batches() -> None:
         model.enter("model", iter(batches))
     assert len(inputs) == 4
     for part, x in inputs.items():
-        assert x.shape[0] == 5 + 6 + 7 + 8  # the fifth batch is not needed
+        assert x.shape[0] == 260  # the fourth batch is not needed
         out, _ = part.norm(x)
         torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(out.shape[1]).double(), **EXACT)
         torch.testing.assert_close(out.var((0, 2, 3), correction=0), torch.ones(out.shape[1]).double(), **EXACT)
@@ -338,6 +339,7 @@ def test_paper_sizes() -> None:
         (DataSpec("image", (1, 28, 28), 256), {"levels": 3}, "at most 2"),
         (DataSpec("image", (1, 2, 3), 256), {"levels": 1}, "at most 0"),
         (DataSpec("image", (1, 4, 4), None), {"levels": 1, "dequantization": "variational"}, "real-valued"),
+        (DataSpec("image", (1, 4, 4), None), {"levels": 1, "alpha": 0.05}, "real-valued"),
         (DataSpec("image", (1, 4, 4), 8), {"levels": 1, "conditional": True}, "has none"),
     ],
 )
