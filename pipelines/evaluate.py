@@ -3,8 +3,8 @@
     python -m pipelines.evaluate RUN
 
 Outs: `metrics/<run>.json` (flat numbers for `dvc metrics`), `evaluations/<run>/evaluation.json` (every number with its
-context and floor), `evaluations/<run>/figures/` and, empty unless the data is audio, `evaluations/<run>/sounds/`. With
-several seeds, numbers are means, with `_sd` beside them.
+context and floor), `evaluations/<run>/figures/` and `evaluations/<run>/sounds/` (recordings, if any, and their
+list). With several seeds, numbers are means, with `_sd` beside them.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ def _figures_apart(folder: Path) -> None:
             for key in shown.keys() & {"file", "picture"}:
                 os.replace(folder / shown[key], folder / kind / shown[key])
                 shown[key] = f"{kind}/{shown[key]}"
+    runs.write_json(folder / "sounds" / "index.json", about["sounds"])  # never empty: DVC warns of empty folders
     runs.write_json(folder / "evaluation.json", about)
 
 
