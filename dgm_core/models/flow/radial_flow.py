@@ -39,8 +39,8 @@ class RadialFlow(FlowModel):
 
     @classmethod
     def tiny(cls, data: DataSpec) -> tuple[Config, Recipe]:
-        adam = Optimizer(lr=1e-1, schedule="cosine")
-        return cls.Config(depth=16), Recipe(batch_size=128, steps=800, optimizers={"model": adam})
+        adam = Optimizer(lr=5e-2, schedule="cosine")
+        return cls.Config(), Recipe(batch_size=128, steps=800, optimizers={"model": adam})
 
     def __init__(self, config: Config, data: DataSpec) -> None:
         super().__init__(config, data, objective="reverse_kl")
