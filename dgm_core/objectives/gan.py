@@ -98,12 +98,12 @@ def wasserstein_critic(real: Float[Tensor, " B"], fake: Float[Tensor, " B"]) -> 
 
     M. Arjovsky, S. Chintala, L. Bottou, 2017. arXiv:1701.07875, eq. 2.
     """
-    return fake.mean() - real.mean()
+    return promote(fake).mean() - promote(real).mean()
 
 
 def wasserstein_generator(fake: Float[Tensor, " B"]) -> Float[Tensor, ""]:
     """−E f(x̃)."""
-    return -fake.mean()
+    return -promote(fake).mean()
 
 
 def interpolate(
