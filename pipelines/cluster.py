@@ -200,8 +200,8 @@ def _trainer(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from pipelines.controller import Reports, TorchSetup
     from pipelines.elastic import FreshScaling
-    from pipelines.writer import Reports, TorchSetup
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:

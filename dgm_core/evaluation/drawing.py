@@ -1,4 +1,7 @@
-"""Pictures out of arrays, as PNG bytes that depend on nothing but their input: no dates, no versions, no state."""
+"""Pictures out of arrays, as PNG bytes that depend on nothing but their input: no dates, no versions, no state.
+
+Charts are matplotlib's, imported where one is drawn: half a second that training and most processes never need.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -50,6 +49,8 @@ def pictures(x: Tensor, spec: DataSpec, display: Display | None = None) -> UInt8
 
 def coloured(x: Float[Tensor, " B H W"], name: str = "viridis") -> UInt8[Tensor, " B 3 H W"]:
     """Numbers in [0, 1] by a colour map."""
+    import matplotlib
+
     rgba = matplotlib.colormaps[name](x.double().clamp(0, 1).numpy(), bytes=True)
     return torch.from_numpy(np.ascontiguousarray(rgba[..., :3])).movedim(-1, 1)
 
@@ -124,7 +125,10 @@ def png(pixels: np.ndarray[Any, Any]) -> bytes:
 
 def plot(draw: Callable[[Any], None], width: float = 6.0, height: float = 3.5) -> bytes:
     """Let `draw` fill a matplotlib figure of so many inches."""
-    canvas = Canvas(figsize=(width, height), dpi=100, layout="constrained")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(canvas)
     draw(canvas)
     buffer = io.BytesIO()
@@ -134,6 +138,7 @@ def plot(draw: Callable[[Any], None], width: float = 6.0, height: float = 3.5) -
 
 def bars(panels: Sequence[tuple[str, Tensor]], xlabel: str, ylabel: str, mark: float | None = None) -> bytes:
     """One bar chart a panel; `mark` draws a level across."""
+    from matplotlib.ticker import MaxNLocator
 
     def draw(canvas: Any) -> None:
         for axes, (title, heights) in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

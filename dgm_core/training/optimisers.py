@@ -80,12 +80,12 @@ class Player:
                 mine.copy_(saved)
 
 
-def build_players(model: GenerativeModel, recipe: Recipe) -> dict[str, Player]:
-    """One `Player` for each of the model's, with the recipe's optimiser.
+def named_players(model: GenerativeModel, recipe: Recipe) -> dict[str, dict[str, nn.Parameter]]:
+    """Each player's parameters by name, after a look at whether the recipe fits the model.
 
     Raises:
         RecipeError: a parameter has no owner or two, or a player has no optimiser, or the recipe names one that is not
-            the model's.
+            the model's, or a group of an optimiser matches nothing.
     """
     owned = model.players()
     names = {id(p): name for name, p in model.named_parameters()}
@@ -100,11 +100,20 @@ def build_players(model: GenerativeModel, recipe: Recipe) -> dict[str, Player]:
             f"recipe.optimizers has {sorted(recipe.optimizers)}; this model's players are {sorted(movers)}: "
             f"give each of them one optimiser"
         )
-    return {
-        player: Player(player, {names[id(p)]: p for p in owned[player]}, settings)
-        for player, settings in recipe.optimizers.items()
+    named = {
+        player: {names[id(p)]: p for p in owned[player]}
+        for player in recipe.optimizers
         if owned[player]  # a configuration may leave a player without parameters
     }
+    for player, parameters in named.items():
+        _groups(recipe.optimizers[player], parameters)
+    return named
+
+
+def build_players(model: GenerativeModel, recipe: Recipe) -> dict[str, Player]:
+    """One `Player` for each of the model's, with the recipe's optimiser. Raises what `named_players` does."""
+    named = named_players(model, recipe)
+    return {player: Player(player, parameters, recipe.optimizers[player]) for player, parameters in named.items()}
 
 
 def _build(settings: Optimizer, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:

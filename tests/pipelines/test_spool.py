@@ -256,7 +256,15 @@ def test_not_finite_values_are_left_out_and_named_together(spool: Spool, server:
 
 
 def test_what_runs_in_rays_controller_is_light() -> None:
-    code = "import sys, pipelines.writer; print(sorted({'torch', 'mlflow', 'PIL', 'tenacity'} & set(sys.modules)))"
+    imports = "import sys, pipelines.controller, pipelines.writer"
+    code = f"{imports}; print(sorted({{'torch', 'mlflow', 'PIL', 'tenacity'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_stage_of_its_own_process_imports_neither_ray_nor_matplotlib() -> None:
+    """Each is half a second to a second and a half of every stage's start, and `workers: 0` has no use for Ray."""
+    code = "import sys, pipelines.train, pipelines.evaluate; print(sorted({'ray', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
