@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import signal
 import sys
@@ -418,6 +419,8 @@ def run_main(main: Any) -> NoReturn:
     except Interrupted as stopped:
         sys.stderr.write(f"{stopped}\n")
         sys.exit(128 + signal.SIGTERM)
+    finally:
+        gc.freeze()  # else Python looks through all that torch and MLflow imported once more: a second of every stage
 
 
 def _terminate(*_: object) -> NoReturn:

@@ -29,10 +29,10 @@ def shrink(params: dict[str, Any]) -> dict[str, Any]:
     """The same graph, small: tiny presets, few rounds, small evaluations."""
     params["datasets"] = {"digits": params["datasets"]["digits"]}
     params["runs"] = {
-        name: {**params["runs"][name], "preset": "tiny", "config": {}, "recipe": {"steps": 40}} for name in RUNS
+        name: {**params["runs"][name], "preset": "tiny", "config": {}, "recipe": {"steps": 20}} for name in RUNS
     }
     params["tune"] = {}
-    params["judge"] = {"steps": 60}
+    params["judge"] = {"steps": 20}
     params["evaluate"] = {"samples": 64, "examples": 64, "importance_samples": 0, "tiles": 4}
     params["tracking"] = {"log_model": False, "system_metrics": False}
     params["cluster"] = {"workers": 0}
