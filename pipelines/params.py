@@ -316,7 +316,7 @@ def _known(name: str, known: Iterable[str], where: str, what: str) -> None:
 def _unknown(name: str, known: Iterable[str], where: str, what: str) -> str:
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{where}: {name!r} is not {what}{hint} Known: {', '.join(names) or 'none'}"
 
 

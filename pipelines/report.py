@@ -27,6 +27,7 @@ from dgm_core.evaluation.files import write_atomically
 from pipelines import graph
 from pipelines.params import Params, Usage, load_params, run_main
 from pipelines.text import number, words
+from pipelines.tracking import memories
 
 POINTS = 300  # of a curve that are drawn; a longer one is averaged down to as many
 HEADLINES = ("bits_per_dim", "nll_", "elbo_nats", "frechet", "class_agreement", "reconstruction_mse")
@@ -321,7 +322,8 @@ def facts_of(params: Params, root: Path) -> list[RunFacts]:
 
 
 def _mlflow(params: Params, root: Path, name: str) -> dict[str, str]:
-    remembered = _read_json(root / params.cluster.local / "tracking" / f"{name}.json")
+    notes = map(_read_json, memories(root / params.cluster.local, name))
+    remembered = next(filter(None, notes), None)
     return {"mlflow_id": remembered["run_id"], "mlflow_url": remembered["url"]} if remembered else {}
 
 

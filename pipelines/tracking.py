@@ -74,6 +74,13 @@ def _unusable(uri: str, error: Any) -> Usage:
     return Usage(f"the tracking store {masked(uri)} cannot be used: {hide(error.message.splitlines()[0], uri)}")
 
 
+def memories(state: Path, name: str) -> list[Path]:
+    """Notes of a run's MLflow id from one stage to the next: a DVC experiment's own, as several go on at once, and
+    then that of what it started from."""
+    experiment = os.environ.get("DVC_EXP_NAME")
+    return [state / "tracking" / f"{note}.json" for note in ([f"{name}@{experiment}"] if experiment else []) + [name]]
+
+
 class Tracker:
     """The driver's end of one MLflow run."""
 
@@ -92,7 +99,7 @@ class Tracker:
 
         self.settings, self.name, self.root = settings, name, (spool or spool_root()).absolute()
         self.uri, self.client = connect(settings)
-        self.memory = state / "tracking" / f"{name}.json"
+        self.memory = memories(state, name)[0]
         try:
             self.experiment = self._experiment()
         except MlflowException as error:

@@ -132,6 +132,21 @@ def test_dvc_and_git_are_tagged(make: Callable[[], Tracker], monkeypatch: pytest
     assert tags["dvc.exp_name"] == "muted-crow"
 
 
+def test_an_experiment_continues_its_own_run_only(make: Callable[[], Tracker], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queued experiments train at once and share the project's state: an evaluation must not end in another's run."""
+    runs = {}
+    for experiment in ("", "muted-crow", "tidy-newt"):
+        monkeypatch.setenv("DVC_EXP_NAME", experiment)
+        tracker = make()
+        assert tracker.remembered() is None
+        with tracker.running(None):
+            runs[experiment] = tracker.run_id
+    assert len(set(runs.values())) == 3
+    for experiment, run_id in runs.items():
+        monkeypatch.setenv("DVC_EXP_NAME", experiment)
+        assert make().remembered() == run_id
+
+
 @pytest.mark.parametrize("uri", ["file:./mlruns", "ftp://x", "mlruns"])
 def test_a_store_that_mlflow_does_not_have_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
