@@ -101,6 +101,8 @@ class AnnealedChain(ABC):
 class HasEnergy(ABC):
     """Models with an unnormalised density exp(−F(x))."""
 
+    bounded: bool = False  # True if `free_energy` is an upper bound of F: deep machines, whose F cannot be computed
+
     @abstractmethod
     def free_energy(self, x: Tensor) -> Float[Tensor, " B"]:
         """F(x), with log p(x) = −F(x) − log Z."""

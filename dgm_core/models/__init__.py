@@ -2,10 +2,14 @@
 
 from dgm_core.contract import GenerativeModel
 from dgm_core.models.adversarial.ac_gan import ACGAN
+from dgm_core.models.adversarial.biggan import BigGAN
+from dgm_core.models.adversarial.biggan_deep import BigGANDeep
 from dgm_core.models.adversarial.cgan import CGAN
 from dgm_core.models.adversarial.dcgan import DCGAN
 from dgm_core.models.adversarial.gan import GAN
+from dgm_core.models.adversarial.gmmn import GMMN
 from dgm_core.models.adversarial.improved_gan import ImprovedGAN
+from dgm_core.models.adversarial.sagan import SAGAN
 from dgm_core.models.adversarial.wgan import WGAN
 from dgm_core.models.adversarial.wgan_gp import WGANGP
 from dgm_core.models.autoregressive.diagonal_bilstm import DiagonalBiLSTM
@@ -19,6 +23,8 @@ from dgm_core.models.autoregressive.wavenet import WaveNet
 from dgm_core.models.belief.helmholtz import Helmholtz
 from dgm_core.models.belief.nvil import NVIL
 from dgm_core.models.belief.sbn import SBN
+from dgm_core.models.boltzmann.dbm import DBM
+from dgm_core.models.boltzmann.dbn import DBN
 from dgm_core.models.boltzmann.rbm import RBM
 from dgm_core.models.flow.glow import Glow
 from dgm_core.models.flow.iaf import IAF
@@ -27,6 +33,8 @@ from dgm_core.models.flow.nice import NICE
 from dgm_core.models.flow.planar_flow import PlanarFlow
 from dgm_core.models.flow.radial_flow import RadialFlow
 from dgm_core.models.flow.real_nvp import RealNVP
+from dgm_core.models.latent.flow_vae import FlowVAE
+from dgm_core.models.latent.iaf_vae import IAFVAE
 from dgm_core.models.latent.ppca import PPCA
 from dgm_core.models.latent.vae import VAE
 from dgm_core.models.latent.vq_vae import VQVAE
@@ -35,6 +43,8 @@ from dgm_core.models.latent.vq_vae2 import VQVAE2
 CATALOG: dict[str, type[GenerativeModel]] = {
     "ppca": PPCA,  # Tipping & Bishop 1999
     "vae": VAE,  # Kingma & Welling 2014
+    "flow_vae": FlowVAE,  # Rezende & Mohamed 2015
+    "iaf_vae": IAFVAE,  # Kingma et al. 2016
     "vq_vae": VQVAE,  # van den Oord, Vinyals & Kavukcuoglu 2017
     "vq_vae2": VQVAE2,  # Razavi, van den Oord & Vinyals 2019
     "planar_flow": PlanarFlow,  # Rezende & Mohamed 2015
@@ -59,7 +69,13 @@ CATALOG: dict[str, type[GenerativeModel]] = {
     "improved_gan": ImprovedGAN,  # Salimans et al. 2016
     "wgan": WGAN,  # Arjovsky, Chintala & Bottou 2017
     "wgan_gp": WGANGP,  # Gulrajani et al. 2017
+    "sagan": SAGAN,  # Zhang, Goodfellow, Metaxas & Odena 2018
+    "biggan": BigGAN,  # Brock, Donahue & Simonyan 2018
+    "biggan_deep": BigGANDeep,  # Brock, Donahue & Simonyan 2018
+    "gmmn": GMMN,  # Li, Swersky & Zemel 2015
     "rbm": RBM,  # Smolensky 1986; Hinton 2002; Tieleman 2008
+    "dbm": DBM,  # Salakhutdinov & Hinton 2009
+    "dbn": DBN,  # Hinton, Osindero & Teh 2006
     "sbn": SBN,  # Neal 1992; Saul, Jaakkola & Jordan 1996
     "helmholtz": Helmholtz,  # Dayan, Hinton, Neal & Zemel 1995; Hinton et al. 1995; Bornschein & Bengio 2015
     "nvil": NVIL,  # Mnih & Gregor 2014; Mnih & Rezende 2016; Paisley, Blei & Jordan 2012

@@ -82,12 +82,14 @@ class BatchNorm(nn.Module):
     S. Ioffe, C. Szegedy, 2015. arXiv:1502.03167. On one rank equal to `torch.nn.BatchNorm1d` / `2d`, buffers included.
     """
 
-    def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1, scale: bool = True) -> None:
+    def __init__(
+        self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1, scale: bool = True, shift: bool = True
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.moments = Moments(channels, momentum)
         self.weight = nn.Parameter(torch.ones(channels)) if scale else None
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(channels)) if shift else None
 
     def forward(self, x: Float[Tensor, " B C *grid"]) -> Float[Tensor, " B C *grid"]:
         m = self.moments
@@ -104,7 +106,8 @@ class BatchNorm(nn.Module):
         if self.weight is not None:
             rate = rate * self.weight
         axes = (-1, *(1,) * (x.ndim - 2))
-        return ((x - mean.reshape(axes)) * rate.reshape(axes) + self.bias.reshape(axes)).to(x.dtype)
+        y = (x - mean.reshape(axes)) * rate.reshape(axes)
+        return (y if self.bias is None else y + self.bias.reshape(axes)).to(x.dtype)
 
 
 class LayerNorm(nn.GroupNorm):

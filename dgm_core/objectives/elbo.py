@@ -30,3 +30,11 @@ def free_bits(kl: Float[Tensor, " B latents"], nats: float) -> Float[Tensor, ""]
 def kl_weight(progress: float, warmup: float) -> float:
     """0 → 1 linearly over the first `warmup` share of training (Bowman et al. 2016, Sønderby et al. 2016)."""
     return 1.0 if warmup == 0 else min(1.0, progress / warmup)
+
+
+def inverse_temperature(step: int, rounds: int) -> float:
+    """β_t = min(1, 0.01 + t / T), by which the energy −log p(x, z) is annealed; 1 throughout where T is 0.
+
+    Rezende & Mohamed 2015 (arXiv:1505.05770), eq. 20, whose T is 10,000.
+    """
+    return min(1.0, 0.01 + step / rounds) if rounds else 1.0

@@ -9,6 +9,7 @@ from dgm_core.contract import DataMismatch
 from dgm_core.models import CATALOG
 from dgm_core.nn.minibatch import MinibatchDiscrimination
 from dgm_core.nn.norm import Moments
+from dgm_core.objectives.mmd import MMD
 from tests.contract import checks
 from tests.support import SPECS, TwoRanks, accepted
 
@@ -46,7 +47,7 @@ def test_two_ranks_equal_one(model, spec, two_ranks: TwoRanks) -> None:
 @pytest.mark.parametrize(("model", "spec"), CASES)
 def test_microbatches_equal_one_batch(model, spec) -> None:
     instance, _ = checks.build(model, spec)
-    if any(isinstance(module, Moments | MinibatchDiscrimination) for module in instance.modules()):
+    if any(isinstance(module, Moments | MinibatchDiscrimination | MMD) for module in instance.modules()):
         pytest.skip("batch statistics: microbatches have others, by definition")
     checks.microbatches_equal_one_batch(model, spec)
 
