@@ -53,9 +53,8 @@ class Pair:
         return found + [f"{total - free:g} of {total:g} CPUs are taken"] * (free != total)
 
     def up_to_date(self) -> bool:
-        return (
-            self._run([str(BIN / "dvc"), "status", "--quiet", "dvc.yaml"]).returncode == 0
-        )  # searches are not of the graph
+        searches_aside = [str(BIN / "dvc"), "status", "--quiet", "dvc.yaml"]
+        return self._run(searches_aside).returncode == 0
 
     def _run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         environment = {**self.cluster.environment, "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -104,7 +103,11 @@ def main() -> int:
                     unit="",
                 ),
                 Row(
-                    "stages that `dvc status dvc.yaml` would run again", float(not two.up_to_date()), 0, at_least=False, unit=""
+                    "stages that `dvc status dvc.yaml` would run again",
+                    float(not two.up_to_date()),
+                    0,
+                    at_least=False,
+                    unit="",
                 ),
                 Row("states, marks, jobs and CPUs left behind", len(left), 0, at_least=False, unit=""),
                 Row("the graph", minutes, None, at_least=False, unit="min"),
