@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.distributions import Normal
 
 from dgm_core.bijections import Autoregressive, Chain, Invert
 from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec
 from dgm_core.data import densities
 from dgm_core.models.flow.iaf import IAF
+from tests.families.flow.oracles import EXACT, data, has_the_density_of_its_jacobian, inverts
 
 U2 = {"name": "u2"}
 SPECS: dict[str, tuple[DataSpec, dict[str, Any]]] = {
@@ -22,8 +21,6 @@ SPECS: dict[str, tuple[DataSpec, dict[str, Any]]] = {
     "integers": (DataSpec("vector", (3,), 4), {}),
     "grey": (DataSpec("image", (1, 3, 4), 256), {"depth": 2}),
 }
-# Exact algebra in float64, through a logit whose slope at the ends is about 21 for each level (α = 0.05).
-EXACT = {"rtol": 0, "atol": 1e-8}
 
 
 def perturbed(name: str, **overrides: Any) -> IAF:
@@ -37,36 +34,15 @@ def perturbed(name: str, **overrides: Any) -> IAF:
     return model
 
 
-def data(spec: DataSpec, n: int) -> Tensor:
-    if spec.levels is None:
-        return 0.5 + torch.randn(n, *spec.shape, dtype=torch.float64)
-    return torch.randint(0, spec.levels, (n, *spec.shape)).to(spec.dtype)
-
-
 @pytest.mark.parametrize("name", SPECS)
 def test_inverse(name: str) -> None:
-    model = perturbed(name)
-    with torch.no_grad():
-        assert model.inverse_error(data(model.data, 4)).max() < EXACT["atol"]
-        z = model.draw_latent(4)
-        torch.testing.assert_close(model._normalize(model._invert(z))[0], z, **EXACT)
+    inverts(perturbed(name))
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_log_prob_is_the_density_of_the_jacobian(name: str) -> None:
     model = perturbed(name)
-    x = data(model.data, 2)
-    torch.manual_seed(3)
-    found = model.log_prob(x)
-    torch.manual_seed(3)
-    stored = x.double() if model.exact else x + torch.rand(x.shape, dtype=torch.float64)
-    for i in range(2):
-        jacobian = torch.autograd.functional.jacobian(
-            lambda flat: model._normalize(flat.reshape(1, *model.data.shape))[0][0], stored[i].flatten()
-        )
-        z = model._normalize(stored[i : i + 1])[0]
-        expected = Normal(0.0, 1.0).log_prob(z).sum() + torch.linalg.slogdet(jacobian)[1]
-        torch.testing.assert_close(found[i], expected, **EXACT)
+    has_the_density_of_its_jacobian(model, data(model.data, 2))
 
 
 @pytest.mark.parametrize("name", SPECS)

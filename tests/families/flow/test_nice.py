@@ -12,6 +12,7 @@ from torch import Tensor
 from dgm_core.bijections import Chain, DiagonalAffine, SplitCoupling
 from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec
 from dgm_core.models.flow.nice import NICE
+from tests.families.flow.oracles import EXACT, data, has_the_density_of_its_jacobian, inverts, standard_normal
 
 SPECS: dict[str, tuple[DataSpec, dict[str, Any]]] = {
     "plane": (DataSpec("vector", (2,), None), {"prior": "logistic"}),
@@ -19,8 +20,6 @@ SPECS: dict[str, tuple[DataSpec, dict[str, Any]]] = {
     "integers": (DataSpec("vector", (3,), 4), {}),
     "grey": (DataSpec("image", (1, 3, 4), 256), {}),
 }
-# Exact algebra in float64: rounding of some hundred operations leaves three orders of magnitude to spare.
-EXACT = {"rtol": 0, "atol": 1e-8}
 
 
 def perturbed(name: str) -> NICE:
@@ -33,40 +32,21 @@ def perturbed(name: str) -> NICE:
     return model
 
 
-def data(spec: DataSpec, n: int) -> Tensor:
-    if spec.levels is None:
-        return 1 + 2 * torch.randn(n, *spec.shape, dtype=torch.float64)
-    return torch.randint(0, spec.levels, (n, *spec.shape)).to(spec.dtype)
-
-
 @pytest.mark.parametrize("name", SPECS)
 def test_inverse(name: str) -> None:
-    model = perturbed(name)
-    with torch.no_grad():
-        assert model.inverse_error(data(model.data, 4)).max() < EXACT["atol"]
-        z = model.draw_latent(4)
-        torch.testing.assert_close(model._normalize(model._invert(z))[0], z, **EXACT)
+    inverts(perturbed(name))
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_log_prob_is_the_density_of_the_jacobian(name: str) -> None:
     """With the prior written out: log σ(h) + log σ(−h) for the logistic, eq. 3.4; else a standard Gaussian."""
     model = perturbed(name)
-    x = data(model.data, 2)
-    torch.manual_seed(3)
-    found = model.log_prob(x)
-    torch.manual_seed(3)
-    stored = x.double() if model.exact else x + torch.rand(x.shape, dtype=torch.float64)
-    for i in range(2):
-        jacobian = torch.autograd.functional.jacobian(
-            lambda flat: model._normalize(flat.reshape(1, *model.data.shape))[0][0], stored[i].flatten()
-        )
-        h = model._normalize(stored[i : i + 1])[0][0]
-        if model.config.prior == "logistic":
-            prior = (h.sigmoid().log() + (-h).sigmoid().log()).sum()
-        else:
-            prior = torch.distributions.Normal(0.0, 1.0).log_prob(h).sum()
-        torch.testing.assert_close(found[i], prior + torch.linalg.slogdet(jacobian)[1], **EXACT)
+
+    def logistic(h: Tensor) -> Tensor:
+        return (h.sigmoid().log() + (-h).sigmoid().log()).sum()
+
+    prior = logistic if model.config.prior == "logistic" else standard_normal
+    has_the_density_of_its_jacobian(model, data(model.data, 2), prior)
 
 
 @pytest.mark.parametrize("name", SPECS)

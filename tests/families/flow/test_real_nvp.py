@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from dgm_core.bijections import BatchNormalization
 from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec
 from dgm_core.models.flow.real_nvp import RealNVP
 from dgm_core.nn.norm import Moments
+from tests.families.flow.oracles import EXACT, data, has_the_density_of_its_jacobian, inverts
 
 SPECS = {
     "plane": (DataSpec("vector", (2,), None), {}),
@@ -19,8 +19,6 @@ SPECS = {
     "colour": (DataSpec("image", (3, 4, 6), 5), {"scales": 2, "batch_norm": "running"}),
     "odd_after_halving": (DataSpec("image", (1, 6, 6), None), {"scales": 2, "batch_norm": "none"}),
 }
-# Exact algebra in float64, through a logit whose slope at the ends is 1 / (α (1 − α)) ≈ 21 for each level.
-EXACT = {"rtol": 0, "atol": 1e-8}
 
 
 def perturbed(name: str) -> RealNVP:
@@ -38,39 +36,18 @@ def perturbed(name: str) -> RealNVP:
     return model
 
 
-def data(spec: DataSpec, n: int) -> Tensor:
-    if spec.levels is None:
-        return 1 + 2 * torch.randn(n, *spec.shape, dtype=torch.float64)
-    return torch.randint(0, spec.levels, (n, *spec.shape)).to(spec.dtype)
-
-
 @pytest.mark.parametrize("name", SPECS)
 def test_inverse(name: str) -> None:
-    model = perturbed(name)
-    with torch.no_grad():
-        assert model.inverse_error(data(model.data, 4)).max() < EXACT["atol"]
-        z = model.draw_latent(4)
-        torch.testing.assert_close(model._normalize(model._invert(z))[0], z, **EXACT)
+    inverts(perturbed(name))
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_log_prob_is_the_density_of_the_jacobian(name: str) -> None:
-    """log N(f(x); 0, I) + log |det ∂f/∂x|, with the whole way from data units to the latent in f."""
     model = perturbed(name)
     x = data(model.data, 2)
     if model.data.levels is None:
         model.enter("model", iter([Batch(data(model.data, 50))]))
-    torch.manual_seed(3)
-    found = model.log_prob(x)
-    torch.manual_seed(3)
-    stored = x.double() if model.exact else x + torch.rand(x.shape, dtype=torch.float64)
-    for i in range(2):
-        jacobian = torch.autograd.functional.jacobian(
-            lambda flat: model._normalize(flat.reshape(1, *model.data.shape))[0][0], stored[i].flatten()
-        )
-        z = model._normalize(stored[i : i + 1])[0]
-        base = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
-        torch.testing.assert_close(found[i], base + torch.linalg.slogdet(jacobian)[1], **EXACT)
+    has_the_density_of_its_jacobian(model, x)
 
 
 @pytest.mark.parametrize("name", SPECS)
