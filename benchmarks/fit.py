@@ -18,7 +18,7 @@ from dgm_core.data.sources import parse
 from dgm_core.models import CATALOG
 from dgm_core.training import checkpoint
 from dgm_core.training.trainer import Trainer
-from pipelines.train import Training
+from pipelines.training_job import Training
 
 
 def dataset(workdir: Path, name: str, **source: Any) -> Dataset:

@@ -22,11 +22,13 @@ from typing import Any
 from benchmarks import fit
 from benchmarks.harness import ROOT, Row, report
 from dgm_core.training import history
-from pipelines.cluster import call, connected, run_job
+from pipelines.cluster import run_job
+from pipelines.connect import connected
 from pipelines.params import Cluster, Tracking, load_params
+from pipelines.parts import call
 from pipelines.place import Place
 from pipelines.tracking import Tracker
-from pipelines.train import job
+from pipelines.training_job import job
 
 PAIRS = 7
 ROUNDS = 1500
@@ -41,7 +43,7 @@ def bare(config: Mapping[str, Any]) -> None:
     from dgm_core.data.shards import open_dataset
     from dgm_core.models import CATALOG
     from dgm_core.training.trainer import Schedule, Trainer
-    from pipelines.train import Training
+    from pipelines.training_job import Training
 
     data = open_dataset(config["data"])
     recipe = Recipe.model_validate(config["recipe"])
@@ -106,7 +108,7 @@ def _start_up(folder: Path) -> list[Row]:
     from pipelines.repro import ray_head
 
     imports = _seconds("import time, torch, ray, ray.train.torch, mlflow, pipelines.train; print(time.time())", {})
-    one = "import mlflow, pipelines.train; from benchmarks.overhead import one_round; one_round()"
+    one = "import mlflow, pipelines.train; from benchmarks.start_up import one_job; one_job()"
     alone = _seconds(one, {"RAY_AUTH_MODE": "disabled"})
     with ray_head() as address:
         joining = _seconds(one, {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"})
@@ -115,23 +117,6 @@ def _start_up(folder: Path) -> list[Row]:
         Row("a stage's start beyond them, with a cluster of its own", alone - imports, 10, False, "s"),
         Row("a stage's start beyond them, joining a cluster", joining - imports, 5, False, "s"),
     ]
-
-
-def one_round() -> None:
-    """Connect, start a worker group, and say when its first line ran: what a stage does before its first round."""
-    import ray.train.torch  # noqa: F401
-
-    cluster = Cluster(storage=tempfile.mkdtemp(prefix="dgm-start-"))
-    with connected(cluster):
-        print(run_job(_now, {}, cluster, name="start", on_report=_ignore), flush=True)
-
-
-def _now(config: Mapping[str, Any], worker: Any) -> float:
-    return time.time()
-
-
-def _ignore(payload: Mapping[str, Any]) -> None:
-    """Nothing is reported."""
 
 
 def _seconds(code: str, environment: Mapping[str, str]) -> float:

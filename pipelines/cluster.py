@@ -1,7 +1,4 @@
-"""Ray: start or join a cluster, run a training job on it, map over parts, bring results home.
-
-With `workers: 0` the same calls run in this process, without Ray.
-"""
+"""Run a training job on Ray's cluster; with `workers: 0` in this process, without Ray."""
 
 from __future__ import annotations
 
@@ -9,76 +6,24 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from dgm_core.config import RecipeError
-from dgm_core.contract import DataMismatch
-from dgm_core.training.checkpoint import CheckpointError
-from dgm_core.training.history import NonFiniteLoss
-from pipelines.connect import NO_DASHBOARD, connected
+from pipelines.connect import NO_DASHBOARD
 from pipelines.params import Cluster, Interrupted, JobFailed
 from pipelines.placement import drives_itself, free_placement_groups
-from pipelines.storage import Storage, StorageError
+from pipelines.storage import Storage
+from pipelines.worker import Entry, Here, Worker
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
-__all__ = ["Here", "Worker", "call", "connected", "device", "keep_parts", "map_parts", "run_job"]
-
-WATCH_SECONDS = 0.5  # between looks for the mark that asks a job to stop
 CLEANER_SECONDS = 5.0  # that Ray's own has to free what a dead controller held
 
-# Errors that come again however often a job is restarted: they end it at once, with their own words.
-FINAL = (NonFiniteLoss, DataMismatch, CheckpointError, RecipeError, StorageError)
 
-
-class Worker(Protocol):
-    """What a job's function sees of where it runs."""
-
-    device: torch.device
-    leads_node: bool  # one worker of each node does
-
-    def report(self, payload: Mapping[str, Any]) -> None:
-        """Send plain values to the job's `on_report`; under Ray a barrier over its workers."""
-        ...
-
-    def asked_to_stop(self) -> bool:
-        """Whether SIGTERM came to the stage: checkpoint, and go. Rank 0 knows."""
-        ...
-
-    def preempted(self) -> bool:
-        """Whether a node of the job will be taken away soon: checkpoint. Under Ray a barrier over its workers."""
-        ...
-
-
-@dataclass
-class Here:
-    """This process is the job's only worker."""
-
-    device: torch.device
-    on_report: Callable[[Mapping[str, Any]], None]
-    leads_node: bool = True
-    stopping: threading.Event = field(default_factory=threading.Event)
-
-    def report(self, payload: Mapping[str, Any]) -> None:
-        self.on_report(payload)
-
-    def asked_to_stop(self) -> bool:
-        return self.stopping.is_set()
-
-    def preempted(self) -> bool:
-        return False
-
-
-def _resources(cluster: Cluster, workers: int) -> dict[str, float]:
+def resources(cluster: Cluster, workers: int) -> dict[str, float]:
     """Of one of `workers` workers: what `cluster:` says, or an equal share of the CPUs that fits on the nodes.
 
     `DGM_JOBS` jobs run side by side: the share is of a cluster that they have between them.
@@ -117,7 +62,7 @@ def run_job(
         with _on_sigterm(here.stopping.set):
             return job(config, here)
     folders = _Folders(cluster, name)
-    entry = _Entry(job, folders.stop_key, NO_DASHBOARD not in os.environ)
+    entry = Entry(job, folders.stop_key, NO_DASHBOARD not in os.environ)
     with _on_sigterm(folders.ask_to_stop):
         kind, value = _fit(
             lambda: _trainer(entry, config, cluster, folders, on_report, callbacks), cluster.max_failures
@@ -201,7 +146,7 @@ def _trainer(
     from ray.train.torch import TorchTrainer
 
     from pipelines.controller import Reports, TorchSetup
-    from pipelines.elastic import FreshScaling
+    from pipelines.scaling import FreshScaling, OwnCluster
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
@@ -214,6 +159,8 @@ def _trainer(
         def _initialize_and_run_controller(self, **arguments: Any) -> Any:
             if self.scaling_config.elasticity_enabled:
                 arguments["scaling_policy"] = FreshScaling(self.scaling_config)
+            elif NO_DASHBOARD in os.environ:
+                arguments["scaling_policy"] = OwnCluster(self.scaling_config)
             return super()._initialize_and_run_controller(**arguments)
 
     elastic = not isinstance(cluster.workers, int)
@@ -226,7 +173,7 @@ def _trainer(
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker=_resources(cluster, cluster.most),
+            resources_per_worker=resources(cluster, cluster.most),
             **extra,
         ),
         run_config=ray.train.RunConfig(
@@ -240,174 +187,3 @@ def _trainer(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-
-
-class _Entry:
-    """The function that Ray's workers run; its class is importable, so only the arguments travel."""
-
-    def __init__(
-        self, job: Callable[[Mapping[str, Any], Worker], Any], stop: tuple[Storage, str], preemptible: bool
-    ) -> None:
-        self.job, self.stop, self.preemptible = job, stop, preemptible
-        self.__name__ = getattr(job, "__name__", "job")
-
-    def __call__(self, config: Mapping[str, Any]) -> tuple[str, Any]:
-        import ray
-        import ray.train.torch
-
-        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-        worker = _RayWorker(ray.train.torch.get_device(), self.stop, self.preemptible)
-        try:
-            result = self.job(config, worker)
-            worker.finish()
-            return "done", result
-        except Interrupted as stopped:
-            worker.finish()
-            return "interrupted", str(stopped)
-        except FINAL as error:
-            return "failed", f"{type(error).__name__}: {error}"
-
-
-class _RayWorker:
-    """Reports from a thread of its own: `ray.train.report` waits for the controller's next poll, training does not."""
-
-    def __init__(self, device: torch.device, stop: tuple[Storage, str], preemptible: bool) -> None:
-        import ray.train
-
-        self.device, self.preemptible = device, preemptible
-        self.leads_node = ray.train.get_context().get_local_rank() == 0
-        self.storage, self.stop_key = stop
-        self.thread = ThreadPoolExecutor(1)
-        self.last: Future[None] | None = None
-        self.watch: threading.Thread | None = None
-        self.stopping = threading.Event()
-
-    def report(self, payload: Mapping[str, Any]) -> None:
-        import ray.train
-
-        self.finish()  # one at a time, and what went wrong with the last is said here
-        self.last = self.thread.submit(ray.train.report, dict(payload))
-
-    def finish(self) -> None:
-        if self.last is not None:
-            self.last.result()
-
-    def asked_to_stop(self) -> bool:
-        if self.watch is None:
-            self.watch = threading.Thread(target=self._watch, daemon=True)
-            self.watch.start()
-        return self.stopping.is_set()
-
-    def _watch(self) -> None:
-        """Look for the mark in a thread of its own: a store that is slow, or away, delays no training."""
-        while not self.stopping.is_set():
-            try:
-                if self.storage.exists(self.stop_key):
-                    self.stopping.set()
-            except StorageError:
-                pass  # it says nothing while it is away; whoever needs it says so
-            self.stopping.wait(WATCH_SECONDS)
-
-    def preempted(self) -> bool:
-        if not self.preemptible:
-            return False
-        import ray.train
-
-        self.finish()  # both are barriers of the same group
-        return ray.train.get_preemption_info() is not None
-
-
-def call(function: Callable[..., Any], *args: Any, cluster: Cluster) -> Any:
-    """Run one function on one of the cluster's workers, with that worker's share of CPUs (and GPU)."""
-    if cluster.most == 0:
-        return function(*args)
-    import ray
-    from ray.exceptions import RayTaskError
-
-    resources = _resources(cluster, 1)
-    task: Any = ray.remote(_on_worker).options(
-        num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=cluster.max_failures
-    )
-    try:
-        return ray.get(task.remote(function, int(resources["CPU"]), *args))
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, FINAL) else error from None
-
-
-def map_parts(
-    function: Callable[[Any], Any],
-    parts: Sequence[Any],
-    cluster: Cluster,
-    *,
-    what: str,
-    near: bool = False,
-    gpus: float = 0,
-) -> Iterator[Any]:
-    """`function` of each part, in order, on as many CPUs as the cluster has; with progress on a terminal.
-
-    A part whose worker or node dies is done again elsewhere, so `function` must be one that can be.
-
-    Args:
-        near: on this process's own node, where it gives the cluster CPUs: the parts are on its disk.
-        gpus: of each worker.
-    """
-    bar = tqdm(total=len(parts), desc=what, disable=None, unit="part")
-    if cluster.most == 0:
-        for part in parts:
-            yield function(part)
-            bar.update()
-        bar.close()
-        return
-    import ray
-    from ray.exceptions import RayTaskError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "max_retries": cluster.max_failures}
-    here = ray.get_runtime_context().get_node_id()
-    if near and any(n["NodeID"] == here and n["Resources"].get("CPU", 0) >= 1 for n in ray.nodes()):
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
-    task: Any = ray.remote(_on_worker).options(**options)
-    ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # no more results in memory than this
-    waiting = [task.remote(function, 1, part) for part in parts[:ahead]]
-    for i in range(len(parts)):
-        try:
-            value = ray.get(waiting.pop(0))
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, FINAL) else error from None
-        if i + ahead < len(parts):
-            waiting.append(task.remote(function, 1, parts[i + ahead]))
-        bar.update()
-        yield value
-    bar.close()
-
-
-def keep_parts(
-    function: Callable[[Any], Mapping[str, np.ndarray]],
-    parts: Sequence[Any],
-    cluster: Cluster,
-    folder: Path,
-    *,
-    what: str,
-    gpus: float = 0,
-) -> list[Path]:
-    """`map_parts` into one npz file a part; parts whose files are there from an attempt before are not done again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{i}.npz" for i in range(len(parts))]
-    missing = [(file, part) for file, part in zip(files, parts, strict=True) if not file.exists()]
-    found = map_parts(function, [part for _, part in missing], cluster, what=what, gpus=gpus)
-    for (file, _), arrays in zip(missing, found, strict=True):
-        aside = file.with_suffix(".partial")
-        with open(aside, "wb") as sink:
-            np.savez(sink, **arrays)
-        os.replace(aside, file)
-    return files
-
-
-def _on_worker(function: Callable[..., Any], threads: int, *args: Any) -> Any:
-    torch.set_num_threads(threads)
-    return function(*args)
-
-
-def device() -> torch.device:
-    """The GPU that this worker was given, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

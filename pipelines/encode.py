@@ -23,9 +23,11 @@ from dgm_core.capabilities import HasCodes
 from dgm_core.contract import Batch, DataSpec
 from dgm_core.data.shards import SPLITS, Dataset, open_dataset, write_dataset
 from pipelines import state
-from pipelines.cluster import connected, device, keep_parts
+from pipelines.connect import connected
 from pipelines.params import Cluster, Params, Usage, load_params, run_main
+from pipelines.parts import keep_parts
 from pipelines.place import Place
+from pipelines.worker import device
 
 PART = 2048  # examples a worker encodes at a time
 BATCH = 256

@@ -34,12 +34,13 @@ from dgm_core.evaluation.judge import Judge
 from dgm_core.evaluation.record import EvaluationConfig
 from dgm_core.evaluation.sampling import Drawn, draw_part, goes_by_labels
 from pipelines import state
-from pipelines.cluster import call, connected, device, keep_parts
-from pipelines.connect import refuse_early
+from pipelines.connect import connected, refuse_early
 from pipelines.params import Params, Usage, load_params, run_main
+from pipelines.parts import call, keep_parts
 from pipelines.place import Place
 from pipelines.serving import log_model
 from pipelines.tracking import Tracker
+from pipelines.worker import device
 
 SHOWN = ("figures", "sounds")
 

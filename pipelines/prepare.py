@@ -17,8 +17,9 @@ from typing import Any
 from dgm_core.data.check import check
 from dgm_core.data.prepare import prepare
 from dgm_core.data.sources.base import Map
-from pipelines.cluster import connected, map_parts
+from pipelines.connect import connected
 from pipelines.params import Params, Usage, load_params, parse_source, run_main
+from pipelines.parts import map_parts
 
 
 def main(argv: Sequence[str]) -> int:

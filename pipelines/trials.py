@@ -25,12 +25,13 @@ from ray.util import queue as ray_queue
 
 from dgm_core.data.shards import open_dataset
 from dgm_core.training.checkpoint import load
-from pipelines import train
-from pipelines.cluster import FINAL, run_job
+from pipelines import training_job
+from pipelines.cluster import run_job
 from pipelines.params import Cluster, JobFailed, Usage, resolve
 from pipelines.place import Place
 from pipelines.search import UNTUNED, Case, Values, score, with_values
 from pipelines.storage import Storage
+from pipelines.worker import FINAL
 
 DRIVER_MEMORY = 2**28  # bytes; what a trial's own actor reserves where its workers hold the CPUs
 STOP_SECONDS = 60.0  # that a stopped trial's job has for a checkpoint
@@ -61,7 +62,7 @@ class Plan:
         return self.cluster.most == 0
 
     def job(self, number: int, values: Values) -> dict[str, Any]:
-        """What `train.job` is given for a trial."""
+        """What `training_job.job` is given for a trial."""
         case = self.case
         with self.place.opened(self.data) as folder:
             spec = open_dataset(folder).spec
@@ -184,7 +185,7 @@ class Actor(tune.Trainable):
 
         def drive() -> None:
             try:
-                run_job(train.job, self.job, self.plan.cluster, name=self.name, on_report=on_report)
+                run_job(training_job.job, self.job, self.plan.cluster, name=self.name, on_report=on_report)
             except BaseException as error:
                 self.failed = error
 

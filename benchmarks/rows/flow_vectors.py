@@ -28,7 +28,7 @@ from dgm_core.models.flow.base import FlowModel
 from dgm_core.models.flow.nice import NICE
 from dgm_core.nn.norm import standing_statistics
 from dgm_core.training.trainer import Trainer
-from pipelines.train import Training
+from pipelines.training_job import Training
 
 SEEDS = (0, 1, 2)
 MINUTES = 5  # a fit of the plane, on two idle cores
