@@ -1,11 +1,12 @@
-"""Nodes that leave and come back, and a storage that goes away, in mid-run.
+"""Nodes that leave and come back, with notice or without, and a storage that goes away, in mid-run.
 
     python -m benchmarks.storage_faults [--seconds 60]
 
 Elastic: `train@vae` with `workers: [1, 2]` on two nodes of one CPU each; one node is killed, another one joins later.
-Rounds and data position must be kept, and training must be further than before the kill soon. Storage: the same run
-with one worker and its state in an S3 store, which is cut off for so many seconds in mid-run; training must go on
-meanwhile, and no checkpoint be lost or half-read.
+Rounds and data position must be kept, and training must be further than before the kill soon. Preemption: a node says
+that it will be taken away; a checkpoint must come before it is, and training go on from there on another. Storage: the
+same run with one worker and its state in an S3 store, which is cut off for so many seconds in mid-run; training must
+go on meanwhile, and no checkpoint be lost or half-read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import io
 import os
 import random
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ import torch
 from benchmarks.faults import LIMIT, RUN, Soak, project
 from benchmarks.harness import Row, report
 from dgm_core.training import history
+from pipelines.repro import BIN
 from pipelines.storage import Storage
 from tests.gate import gate
 from tests.nodes import nodes
@@ -56,6 +59,40 @@ def elastic(steps: int) -> list[Row]:
         Row("a node is killed: until training is further than before, on the other", shrunk, 20, False, "s"),
         Row("a node joins: until two workers are further than one was (looked for every 5 s)", grown, None, False, "s"),
         Row("rounds missing, twice, or a run that is not FINISHED", len(problems), 0, False, ""),
+    ]
+
+
+def preemption(steps: int) -> list[Row]:
+    """No checkpoint is due by rounds or time, so that the one that comes is the notice's."""
+    with tempfile.TemporaryDirectory(prefix="dgm-preemption-") as name, nodes(Path(name) / "ray.log") as cluster:
+        folder = Path(name)
+        project(folder, steps, checkpoint_every=None, checkpoint_seconds=LIMIT, report_seconds=2)
+        leaving = cluster.add(cpus=1)
+        state = Soak(folder, cluster, steps, 0)
+        stage, shared = state.start(), Storage(str(folder / "shared"))
+        _until(lambda: any(_rounds(job) for job in (folder / "cache/jobs").glob("*")), "it trains", state)
+        if _stored(shared):
+            raise RuntimeError("a checkpoint came before the notice")
+        node = cluster.ask("[n['NodeID'] for n in ray.nodes() if n['Resources'].get('CPU')][0]").strip("'")
+        at = time.monotonic()
+        subprocess.run(
+            [str(BIN / "ray"), "drain-node", f"--address={cluster.address}", f"--node-id={node}",
+             "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=120"],
+            env=cluster.environment, check=True, capture_output=True,
+        )  # fmt: skip
+        _until(lambda: _stored(shared) > 0, "a checkpoint after the notice", state)
+        noticed, kept = time.monotonic() - at, _stored(shared)
+        cluster.started.remove(leaving)
+        leaving.kill()
+        cluster.add(cpus=1)
+        _until(lambda: state.rounds() > kept, "another node goes on", state)
+        if stage.wait(LIMIT) != 0:
+            raise RuntimeError((folder / "stage.log").read_text()[-3000:])
+        problems = state.tracking_problems(runs=1)
+        _say(problems)
+    return [
+        Row("a node will be taken away: from the notice until a checkpoint is stored", noticed, None, False, "s"),
+        Row("rounds missing, twice, or a run that is not FINISHED, after it was taken", len(problems), 0, False, ""),
     ]
 
 
@@ -136,7 +173,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long the storage is away")
     parser.add_argument("--steps", type=int, default=20000)
     given = parser.parse_args()
-    return report("storage_faults", [*elastic(given.steps), *storage(given.seconds, given.steps)])
+    return report(
+        "storage_faults", [*elastic(given.steps), *preemption(given.steps), *storage(given.seconds, given.steps)]
+    )
 
 
 if __name__ == "__main__":
