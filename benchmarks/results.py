@@ -29,7 +29,14 @@ from dgm_core.models import CATALOG
 from pipelines.report import read_evaluation
 
 DOCS = ROOT / "docs"
-NOT_TIMINGS = {"__init__", "fit", "harness", "page", "results", "start_up"}  # files of benchmarks/ that are no benchmark
+NOT_TIMINGS = {
+    "__init__",
+    "fit",
+    "harness",
+    "page",
+    "results",
+    "start_up",
+}  # files of benchmarks/ that are no benchmark
 
 
 def measure(row: QualityRow, workdir: Path) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Capabilities: nominal classes that say what else a model can do; evaluation and tests dispatch on them.
 
-A model inherits from those that it has, and from `GenerativeModel`; nothing asks `hasattr`.
+A model inherits from those that it has, and from `GenerativeModel`; nothing asks `hasattr`. Last, what bijections and
+distributions ask of a network that is causal.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -140,3 +141,35 @@ class HasReparametrizedSample(ABC):
     @abstractmethod
     def rsample_with_log_prob(self, n: int) -> tuple[Tensor, Tensor]:
         """Differentiable draws (n, *shape) and their log-densities (n,)."""
+
+
+class Unrolling(Protocol):
+    """A causal network that is told its coordinates one at a time, without gradients."""
+
+    order: Sequence[int]
+
+    def step(self) -> Float[Tensor, " n outputs"]:
+        """What it says of the next coordinate in its order."""
+        ...
+
+    def put(self, value: Float[Tensor, " n"]) -> None:
+        """Tell that coordinate."""
+        ...
+
+    def told(self) -> Float[Tensor, " n D"]:
+        """All that was told, coordinates in their own order."""
+        ...
+
+    def all_said(self) -> Float[Tensor, " n outputs*D"]:
+        """What `forward` says of it."""
+        ...
+
+
+class CausalNet(Protocol):
+    """(B, D) -> (B, outputs · D), what is said of a coordinate depending on those before it in some order."""
+
+    def __call__(self, x: Tensor, context: Tensor | None = None, /) -> Tensor: ...
+
+    def unroll(self, n: int, context: Tensor | None = None) -> Unrolling:
+        """The same for n examples that are yet to be drawn."""
+        ...

@@ -21,7 +21,7 @@ from pipelines.params import Cluster, Usage
 from pipelines.storage import Storage
 
 _CORE = Path(dgm_core.__file__).parent
-_SHARED = ["contract.py", "capabilities.py", "config.py", "distributed.py", "shapes.py"]
+_SHARED = ["contract.py", "capabilities.py", "config.py", "distributed.py", "precision.py", "shapes.py"]
 _SHARED += ["bijections", "data", "distributions", "nn", "objectives", "training"]
 
 

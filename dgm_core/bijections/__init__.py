@@ -2,13 +2,12 @@
 
 from dgm_core.bijections.actnorm import ActNorm, ActNormConv2d, StartsFromData, starting
 from dgm_core.bijections.autoregressive import Autoregressive, GatedAffine, Invert, SoftAffine
-from dgm_core.bijections.base import Bijection, Chain, Context, no_log_det, promote, steer
+from dgm_core.bijections.base import Bijection, Chain, Context, no_log_det, steer
 from dgm_core.bijections.convolution import (
     InvertibleConvolution,
     LUConvolution,
     NormalizedConvolution,
     PlainConvolution,
-    full_precision,
 )
 from dgm_core.bijections.coupling import (
     Additive,
@@ -75,13 +74,11 @@ __all__ = [
     "alternating_mask",
     "alternating_parts",
     "checkerboard_mask",
-    "full_precision",
     "half_mask",
     "half_parts",
     "no_log_det",
     "planar",
     "planar_inverse",
-    "promote",
     "radial",
     "radial_inverse",
     "starting",

@@ -7,52 +7,21 @@ One pass in one direction, D dependent steps in the other: density estimation wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgm_core.bijections.base import Bijection, Context, promote
-from dgm_core.bijections.convolution import full_precision
+from dgm_core.bijections.base import Bijection, Context
 from dgm_core.bijections.coupling import Transformer
+from dgm_core.capabilities import CausalNet
+from dgm_core.precision import full_precision, promote
 from dgm_core.shapes import sum_event
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-
-class Unrolling(Protocol):
-    """A causal network that is told its coordinates one at a time, without gradients."""
-
-    order: Sequence[int]
-
-    def step(self) -> Float[Tensor, " n outputs"]:
-        """What it says of the next coordinate in its order."""
-        ...
-
-    def put(self, value: Float[Tensor, " n"]) -> None:
-        """Tell that coordinate."""
-        ...
-
-    def told(self) -> Float[Tensor, " n D"]:
-        """All that was told, coordinates in their own order."""
-        ...
-
-    def all_said(self) -> Float[Tensor, " n outputs*D"]:
-        """What `forward` says of it."""
-        ...
-
-
-class CausalNet(Protocol):
-    """(B, D) -> (B, outputs · D), what is said of a coordinate depending on those before it in some order."""
-
-    def __call__(self, x: Tensor, context: Tensor | None = None, /) -> Tensor: ...
-
-    def unroll(self, n: int, context: Tensor | None = None) -> Unrolling:
-        """The same for n examples that are yet to be drawn."""
-        ...
 
 
 class SoftAffine(Transformer):

@@ -11,8 +11,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
+
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -67,11 +68,6 @@ class Chain(Bijection):
 def steer(net: nn.Module, x: Tensor, context: Context) -> Tensor:
     """What a network says of x, and of the context if there is one: `net(x)` or `net(x, context)`."""
     return net(x) if context is None else net(x, context)
-
-
-def promote(x: Tensor) -> Tensor:
-    """At least float32: half precision is for the networks, not for log-determinants and what they belong to."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def no_log_det(x: Float[Tensor, " B *event"]) -> Float[Tensor, " B"]:

@@ -5,7 +5,6 @@ D. P. Kingma, P. Dhariwal, 2018. arXiv:1807.03039, section 3.2, eqs. 9–11. Bot
 
 from __future__ import annotations
 
-import contextlib
 import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgm_core.bijections.actnorm import ActNorm, Moments, StartsFromData
-from dgm_core.bijections.base import Bijection, Context, promote
+from dgm_core.bijections.base import Bijection, Context
+from dgm_core.precision import full_precision, promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -125,13 +125,6 @@ def random_rotation(channels: int) -> Float[Tensor, " C C"]:
     q = q * r.diagonal().sign()
     first = q[:, :1] * torch.linalg.det(q).sign()
     return torch.cat([first, q[:, 1:]], 1)
-
-
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """No autocasting within: rounding W would make its inverse undo another map."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _mix(

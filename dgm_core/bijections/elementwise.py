@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgm_core.bijections.base import Bijection, Context, no_log_det, promote
+from dgm_core.bijections.base import Bijection, Context, no_log_det
+from dgm_core.precision import promote
 from dgm_core.shapes import sum_event
 
 if TYPE_CHECKING:

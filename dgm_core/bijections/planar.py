@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgm_core.bijections.base import Bijection, Context, promote
+from dgm_core.bijections.base import Bijection, Context
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float

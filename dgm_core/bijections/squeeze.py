@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dgm_core.bijections.base import Bijection, Context, no_log_det, promote
+from dgm_core.bijections.base import Bijection, Context, no_log_det
+from dgm_core.precision import promote
 from dgm_core.shapes import sum_event
 
 if TYPE_CHECKING:

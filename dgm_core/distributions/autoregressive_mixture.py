@@ -6,36 +6,17 @@ G. Papamakarios et al., 2017. arXiv:1705.07057, section 3 ("MAF MoG") and 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dgm_core.capabilities import CausalNet
 from dgm_core.distributions.latent_base import Base
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-
-class Unrolling(Protocol):
-    """A causal network that is told its coordinates one at a time, without gradients."""
-
-    order: Sequence[int]
-
-    def step(self) -> Float[Tensor, " n outputs"]: ...
-
-    def put(self, value: Float[Tensor, " n"]) -> None: ...
-
-    def told(self) -> Float[Tensor, " n D"]: ...
-
-
-class CausalNet(Protocol):
-    """(B, D) -> (B, outputs · D), what is said of a coordinate depending on those before it in some order."""
-
-    def __call__(self, x: Tensor, context: Tensor | None = None, /) -> Tensor: ...
-
-    def unroll(self, n: int, context: Tensor | None = None) -> Unrolling: ...
 
 
 class AutoregressiveMixture(Base):
@@ -80,6 +61,6 @@ class AutoregressiveMixture(Base):
 
     def _split(self, said: Float[Tensor, " B 3*C*D"]) -> tuple[Tensor, Tensor, Tensor]:
         """Means, log-scales and logits, each (B, C, D)."""
-        said = said if said.dtype == torch.float64 else said.float()
+        said = promote(said)
         offset, raw, logits = said.unflatten(1, (3, self.components, -1)).unbind(1)
         return offset + self.grid, self.bound * torch.tanh(raw / self.bound), logits

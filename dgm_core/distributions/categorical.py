@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dgm_core.distributions.observation import Observation, promote, stored_dtype
+from dgm_core.distributions.observation import Observation, stored_dtype
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

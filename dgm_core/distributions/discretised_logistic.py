@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dgm_core.distributions.observation import Observation, promote, stored_dtype
+from dgm_core.distributions.observation import Observation, stored_dtype
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

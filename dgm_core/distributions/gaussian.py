@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgm_core.distributions.observation import Observation, promote
+from dgm_core.distributions.observation import Observation
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float

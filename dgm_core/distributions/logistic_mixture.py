@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dgm_core.distributions.observation import promote
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dgm_core.contract import DataSpec
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -39,11 +40,6 @@ class Observation(nn.Module, ABC):
     @abstractmethod
     def sample(self, theta: Float[Tensor, " *shape params"]) -> Shaped[Tensor, " *shape"]:
         """A draw, as stored."""
-
-
-def promote(x: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-    """Float32, or float64 where `x` is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def stored_dtype(levels: int) -> torch.dtype:

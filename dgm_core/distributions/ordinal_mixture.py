@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgm_core.distributions.observation import promote
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dgm_core.contract import Batch, DataMismatch, DataSpec
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -65,7 +66,7 @@ def chunks(batch: Batch, size: int, device: torch.device | str = "cpu") -> Itera
 
 def unit(x: Shaped[Tensor, " B *shape"], spec: DataSpec) -> Float[Tensor, " B *shape"]:
     """Discrete data as floats in [0, 1], so that an error reads alike at any number of levels; others unchanged."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = promote(x)
     return x if spec.levels is None else x / (spec.levels - 1)
 
 

@@ -9,7 +9,9 @@ from dgm_core.models.adversarial.dcgan import DCGAN
 from dgm_core.models.adversarial.gan import GAN
 from dgm_core.models.adversarial.gmmn import GMMN
 from dgm_core.models.adversarial.improved_gan import ImprovedGAN
+from dgm_core.models.adversarial.pro_gan import ProGAN
 from dgm_core.models.adversarial.sagan import SAGAN
+from dgm_core.models.adversarial.stylegan import StyleGAN
 from dgm_core.models.adversarial.wgan import WGAN
 from dgm_core.models.adversarial.wgan_gp import WGANGP
 from dgm_core.models.autoregressive.diagonal_bilstm import DiagonalBiLSTM
@@ -33,19 +35,27 @@ from dgm_core.models.flow.nice import NICE
 from dgm_core.models.flow.planar_flow import PlanarFlow
 from dgm_core.models.flow.radial_flow import RadialFlow
 from dgm_core.models.flow.real_nvp import RealNVP
+from dgm_core.models.latent.beta_vae import BetaVAE
+from dgm_core.models.latent.delta_vae import DeltaVAE
 from dgm_core.models.latent.flow_vae import FlowVAE
 from dgm_core.models.latent.iaf_vae import IAFVAE
 from dgm_core.models.latent.ppca import PPCA
 from dgm_core.models.latent.vae import VAE
+from dgm_core.models.latent.vae_gan import VAEGAN
 from dgm_core.models.latent.vq_vae import VQVAE
 from dgm_core.models.latent.vq_vae2 import VQVAE2
+from dgm_core.models.latent.vq_vae_wavenet import VQVAEWaveNet
 
 CATALOG: dict[str, type[GenerativeModel]] = {
     "ppca": PPCA,  # Tipping & Bishop 1999
     "vae": VAE,  # Kingma & Welling 2014
+    "beta_vae": BetaVAE,  # Higgins et al. 2017; Burgess et al. 2018
+    "delta_vae": DeltaVAE,  # Razavi, van den Oord, Poole & Vinyals 2019
+    "vae_gan": VAEGAN,  # Larsen, Sønderby, Larochelle & Winther 2016
     "flow_vae": FlowVAE,  # Rezende & Mohamed 2015
     "iaf_vae": IAFVAE,  # Kingma et al. 2016
     "vq_vae": VQVAE,  # van den Oord, Vinyals & Kavukcuoglu 2017
+    "vq_vae_wavenet": VQVAEWaveNet,  # van den Oord, Vinyals & Kavukcuoglu 2017
     "vq_vae2": VQVAE2,  # Razavi, van den Oord & Vinyals 2019
     "planar_flow": PlanarFlow,  # Rezende & Mohamed 2015
     "radial_flow": RadialFlow,  # Rezende & Mohamed 2015
@@ -69,7 +79,9 @@ CATALOG: dict[str, type[GenerativeModel]] = {
     "improved_gan": ImprovedGAN,  # Salimans et al. 2016
     "wgan": WGAN,  # Arjovsky, Chintala & Bottou 2017
     "wgan_gp": WGANGP,  # Gulrajani et al. 2017
+    "pro_gan": ProGAN,  # Karras, Aila, Laine & Lehtinen 2018
     "sagan": SAGAN,  # Zhang, Goodfellow, Metaxas & Odena 2018
+    "stylegan": StyleGAN,  # Karras, Laine & Aila 2019
     "biggan": BigGAN,  # Brock, Donahue & Simonyan 2018
     "biggan_deep": BigGANDeep,  # Brock, Donahue & Simonyan 2018
     "gmmn": GMMN,  # Li, Swersky & Zemel 2015

@@ -11,7 +11,6 @@ States are floats in {0, 1} with any leading axes.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgm_core.nn.rbm import all_states, draw_bernoulli
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -41,7 +41,7 @@ class SigmoidBeliefNet(nn.Module):
 
     def inputs(self, level: int, above: Float[Tensor, " *B n"]) -> Float[Tensor, " *B m"]:
         """z of layer `level`, given (means of) the layer above."""
-        return wide(self.layers[level](above.to(self.prior.dtype)))
+        return promote(self.layers[level](above.to(self.prior.dtype)))
 
     def log_terms(self, states: Sequence[Float[Tensor, " *B n"]], level: int = 0) -> Float[Tensor, " *B layers"]:
         """log p(x | h¹), …, log p(h^{L−1} | h^L), log p(h^L); `states` is x, h¹, …, h^L, or these from `level` on.
@@ -49,20 +49,20 @@ class SigmoidBeliefNet(nn.Module):
         Leading axes broadcast.
         """
         terms = [log_bernoulli(h, self.inputs(i, above)) for i, (h, above) in enumerate(pairwise(states), level)]
-        terms.append(log_bernoulli(states[-1], wide(self.prior)))
+        terms.append(log_bernoulli(states[-1], promote(self.prior)))
         return torch.stack(torch.broadcast_tensors(*terms), -1)
 
     @torch.no_grad()
     def draw(self, n: int) -> list[Float[Tensor, " n m"]]:
         """x, h¹, …, h^L from the top down."""
-        states = [draw_bernoulli(wide(self.prior).expand(n, -1))]
+        states = [draw_bernoulli(promote(self.prior).expand(n, -1))]
         for level in reversed(range(len(self.layers))):
             states.insert(0, draw_bernoulli(self.inputs(level, states[0])))
         return states
 
     def log_prob(self, x: Float[Tensor, " B v"]) -> Float[Tensor, " B"]:
         """log Σ_h p(x, h) by enumeration, one layer at a time: the cost of layers l and l + 1 is 2 to their sizes."""
-        table = log_bernoulli(self._states(-1), wide(self.prior))  # log p(h^l) of every state of layer l
+        table = log_bernoulli(self._states(-1), promote(self.prior))  # log p(h^l) of every state of layer l
         for level in range(len(self.layers) - 1, 0, -1):
             z = self.inputs(level, self._states(level + 1))
             table = torch.logsumexp(_log_bernoulli_pairs(self._states(level), z) + table, 1)
@@ -81,7 +81,7 @@ class SigmoidBeliefNet(nn.Module):
         for level in range(1, len(states)):
             child, h = states[level - 1], states[level]
             top = level == len(states) - 1
-            own = wide(self.prior).expand_as(h) if top else self.inputs(level, states[level + 1])
+            own = promote(self.prior).expand_as(h) if top else self.inputs(level, states[level + 1])
             z, weight = self.inputs(level - 1, h), self.affine(level - 1)[0]
             u = torch.rand_like(own)
             for j in range(h.shape[1]):
@@ -100,11 +100,11 @@ class SigmoidBeliefNet(nn.Module):
         """W and b of z of layer `level`."""
         layer = self.layers[level]
         assert isinstance(layer, nn.Linear)
-        return wide(layer.weight), wide(layer.bias)
+        return promote(layer.weight), promote(layer.bias)
 
     def _states(self, level: int) -> Float[Tensor, " states n"]:
         chunks = list(all_states(self.sizes[level], self.prior.device))
-        return torch.cat(chunks).to(wide(self.prior).dtype)
+        return torch.cat(chunks).to(promote(self.prior).dtype)
 
 
 class RecognitionNet(nn.Module):
@@ -121,7 +121,7 @@ class RecognitionNet(nn.Module):
     def inputs(self, level: int, below: Float[Tensor, " *B m"]) -> Float[Tensor, " *B n"]:
         """z of layer `level + 1`, given the layer below it."""
         below = below - self.mean if level == 0 else below
-        return wide(self.layers[level](below.to(self.mean.dtype)))
+        return promote(self.layers[level](below.to(self.mean.dtype)))
 
     def forward(
         self, x: Float[Tensor, " B v"], count: int
@@ -144,18 +144,6 @@ class RecognitionNet(nn.Module):
 def log_bernoulli(h: Float[Tensor, " *B n"], z: Float[Tensor, " *B n"]) -> Float[Tensor, " *B"]:
     """Σ_i log p(h_i) with p(h_i = 1) = σ(z_i)."""
     return (h * z - F.softplus(z)).sum(-1)
-
-
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """No autocasting within."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least fp32: half precision is for the products."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _log_bernoulli_pairs(h: Float[Tensor, " A n"], z: Float[Tensor, " B n"]) -> Float[Tensor, " A B"]:

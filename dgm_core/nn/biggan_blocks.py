@@ -2,21 +2,23 @@
 
 H. Zhang et al., 2018. arXiv:1805.08318; A. Brock, J. Donahue, K. Simonyan, 2018. arXiv:1809.11096. The authors' sides
 are 4 × 2ⁿ. Here an image of any size is: a side is halved, and rounded up, until the shorter one is at most 4
-(`dgm_core/nn/dcgan.py`); the generator goes the same way back and cuts what is too much. No layer is normalised by its
-spectrum here: a network does that to all of its layers, once they have their start.
+(`dgm_core/nn/dcgan.py`); the generator goes the same way back and cuts what is too much. No block is normalised by its
+spectrum: a network does that to all of its layers, once they have their start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgm_core.contract import DataMismatch
+from dgm_core.contract import DataMismatch, DataSpec
+from dgm_core.nn.dcgan import grids
 from dgm_core.nn.norm import BatchNorm
+from dgm_core.nn.spectral_norm import spectrally_normalise
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -119,6 +121,15 @@ def attended(sizes: Sequence[Size], side: int) -> int | None:
     return None if not side else fine[0] if fine else len(sizes) - 1
 
 
+def descent(shape: Sequence[int], features: int, side: int) -> tuple[list[int], int, int]:
+    """Of BigGAN's discriminators: channels from the image on, how many of the stages behind the first channels halve,
+    and which of them has attention behind it; −1: none."""
+    sizes = grids(*shape[1:])
+    doublings = len(sizes) - 1
+    downs, at = halvings(doublings), attended(sizes, side)
+    return [features * width for width in discriminator_widths(doublings)], downs, min(at or 0, downs) - 1
+
+
 def double(x: Float[Tensor, " B C h w"], size: Size) -> Float[Tensor, " B C H W"]:
     """Nearest neighbour, cut to where a side was rounded up."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")[:, :, : size[0], : size[1]]
@@ -209,16 +220,54 @@ class DeepDiscriminatorBlock(nn.Module):
         return self.last(h) + (x if self.more is None else torch.cat([x, self.more(x)], 1))
 
 
+class ImageGenerator(nn.Module):
+    """A linear layer onto the coarsest grid, blocks that double it, attention in front of one of them, the image.
+
+    A concrete one sets `grid`, `enter` and its blocks, and then calls `finish`.
+    """
+
+    grid: tuple[int, int, int]
+    enter: nn.Linear
+
+    def finish(
+        self, outs: Sequence[int], at: int | None, data: DataSpec, start: Callable[[nn.Module], None], *, pooled: bool
+    ) -> None:
+        """What stands behind the first layer, the start of all, spectral normalisation; `outs` are the channels of the
+        grids from the coarsest on, `at` is the one with attention, counted from the image."""
+        self.attended = None if at is None else len(outs) - 1 - at  # the block that sees that grid
+        self.attention = None if self.attended is None else SelfAttention(outs[self.attended], pooled=pooled)
+        self.norm, self.out = BatchNorm(outs[-1]), nn.Conv2d(outs[-1], data.shape[0], 3, padding=1)
+        self.bounded = data.levels is not None
+        start(self)
+        spectrally_normalise(self, (nn.Conv2d, nn.Linear))
+
+    def paint(
+        self, first: Float[Tensor, " B first"], blocks: Iterable[nn.Module], told: Iterable[Shaped[Tensor, " B *c"]]
+    ) -> Float[Tensor, " B C H W"]:
+        """The image, of what the first layer and each block are told."""
+        h = self.enter(first).unflatten(1, self.grid)
+        for k, (block, c) in enumerate(zip(blocks, told, strict=True)):
+            if self.attention is not None and k == self.attended:
+                h = self.attention(h)
+            h = block(h, c)
+        x = self.out(F.relu(self.norm(h)))
+        return x.tanh() if self.bounded else x
+
+
 class ProjectionDiscriminator(nn.Module):
     """w·φ(x) + b + e_y·φ(x): (B, C, H, W), (B,) labels -> (B,) scores; φ the body behind a ReLU, summed over the grid.
 
-    T. Miyato, M. Koyama, 2018. arXiv:1802.05637.
+    T. Miyato, M. Koyama, 2018. arXiv:1802.05637. All weights get this start, and are normalised.
     """
 
-    def __init__(self, body: nn.Sequential, features: int, classes: int) -> None:
+    def __init__(
+        self, body: Sequence[nn.Module], features: int, classes: int, start: Callable[[nn.Module], None]
+    ) -> None:
         super().__init__()
-        self.body = body
+        self.body = nn.Sequential(*body)
         self.score, self.classes = nn.Linear(features, 1), nn.Embedding(classes, features)
+        start(self)
+        spectrally_normalise(self)
 
     def forward(self, x: Float[Tensor, " B C H W"], y: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
         phi = F.relu(self.body(x)).sum((2, 3))

@@ -12,14 +12,24 @@ masked convolutions (arXiv:1601.06759, §3.4) sees both at once, and has the bli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+
+def _odd(kernel: int) -> int:
+    if kernel < 3 or kernel % 2 == 0:
+        raise ValueError(f"a kernel is centred on its pixel: odd and at least 3, not {kernel}")
+    return kernel
+
+
+OddKernel = Annotated[int, AfterValidator(_odd)]
 
 
 def shift_down(x: Float[Tensor, " B c H W"]) -> Float[Tensor, " B c H W"]:
@@ -30,6 +40,11 @@ def shift_down(x: Float[Tensor, " B c H W"]) -> Float[Tensor, " B c H W"]:
 def shift_right(x: Float[Tensor, " B c H W"]) -> Float[Tensor, " B c H W"]:
     """Column c becomes column c − 1 of the input; column 0 becomes zero."""
     return F.pad(x, (1, 0))[..., :-1]
+
+
+def condition_row(condition: Tensor | None, r: int) -> Tensor | None:
+    """Row r of a condition that may be the same everywhere."""
+    return condition if condition is None or condition.shape[2] == 1 else condition[:, :, r : r + 1]
 
 
 def channel_groups(width: int, groups: int) -> list[int]:

@@ -9,11 +9,13 @@ prefix at once (`TakesPrefix`) is not stepped through what is observed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -56,7 +58,7 @@ def draw_categorical(
     Logits are divided by `temperature`; of the result only the nucleus remains (Holtzman et al. 2020,
     arXiv:1904.09751): the fewest most probable levels whose mass reaches `top_p`, renormalised.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = promote(logits)
     probs = (logits / temperature).softmax(1)
     if top_p < 1:
         ranked, order = probs.sort(dim=1, descending=True, stable=True)
@@ -105,3 +107,15 @@ def fill(
                     drawn = torch.where(observed[:, k, r, c], canvas[:, k, r, c], drawn)
                 canvas[:, k, r, c] = drawn
     return canvas
+
+
+@torch.no_grad()
+def draw_grid(
+    network: Incremental[Memory], shape: Sequence[int], condition: Tensor, *, temperature: float, top_p: float
+) -> Int[Tensor, " n C H W"]:
+    """Grids of that shape (C, H, W), one for each row of the condition, all drawn."""
+    if not (temperature > 0 and 0 < top_p <= 1):
+        raise ValueError(f"temperature > 0 and 0 < top_p <= 1 are accepted; given: {temperature} and {top_p}")
+    canvas = torch.zeros(condition.shape[0], *shape, dtype=torch.int64, device=condition.device)
+    noise = draw_noise(canvas, condition.dtype)
+    return fill(network, canvas, noise, condition, temperature=temperature, top_p=top_p)

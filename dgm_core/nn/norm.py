@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgm_core import distributed
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -27,7 +28,7 @@ def batch_moments(x: Float[Tensor, " B C *grid"]) -> tuple[Float[Tensor, " C"], 
     Two passes: deviations are taken from the mean that is already known, so that nothing cancels.
     """
     axes = [0, *range(2, x.ndim)]
-    x = x if x.dtype == torch.float64 else x.float()
+    x = promote(x)
     count = x.new_full((1,), x.numel() // x.shape[1])
     sums = distributed.all_reduce(torch.cat([x.sum(axes), count]))
     mean, total = sums[:-1] / sums[-1], sums[-1]

@@ -13,7 +13,6 @@ batch size, and no smoothing is needed because a code that is out of use keeps i
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgm_core import distributed
+from dgm_core.precision import full_precision, promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -88,8 +88,8 @@ class VectorQuantiser(nn.Module):
 
     def forward(self, z: Float[Tensor, " B D *grid"], observe: bool = False) -> Quantised:
         """Quantise; with `observe`, add the batch to the statistics that `settle` moves the codebook by."""
-        with _full_precision(z.device):
-            z = z if z.dtype == torch.float64 else z.float()
+        with full_precision(z.device):
+            z = promote(z)
             rows = z.movedim(1, -1)
             flat = rows.reshape(-1, rows.shape[-1])
             codes = nearest(flat.detach(), self.codebook.detach())
@@ -164,12 +164,6 @@ class VectorQuantiser(nn.Module):
             self.code_sum.copy_(centres * share[:, None])
         self.perplexity.copy_(torch.exp(torch.special.entr(share).sum()))
         self.used.copy_((share > 0).to(share).mean())
-
-
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def nearest(rows: Float[Tensor, " N D"], codebook: Float[Tensor, " K D"]) -> Int[Tensor, " N"]:

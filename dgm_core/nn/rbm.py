@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgm_core.capabilities import AnnealedChain
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -91,11 +92,11 @@ class BipartiteLayer(nn.Module, ABC):
         """ψ(u) − s(u)·b: what v costs by itself."""
         u = v - self.visible_offset
         b = self.visible_bias if bias is None else bias
-        return self.carrier(u) - _wide(self.statistic(u) @ b)
+        return self.carrier(u) - promote(self.statistic(u) @ b)
 
     def hidden_log_partition(self, a: Float[Tensor, " B h"]) -> Float[Tensor, " B"]:
         """log Σ_h exp(a·(h − λ))."""
-        a = _wide(a)
+        a = promote(a)
         return (F.softplus(a) - self.hidden_offset * a).sum(1)
 
     def energy(self, v: Float[Tensor, " B v"], h: Float[Tensor, " B h"]) -> Float[Tensor, " B"]:
@@ -164,7 +165,7 @@ class BernoulliLayer(BipartiteLayer):
         return u.new_zeros(())
 
     def visible_log_partition(self, d: Float[Tensor, " *B v"]) -> Float[Tensor, " *B"]:
-        d = _wide(d)
+        d = promote(d)
         return (F.softplus(d) - self.visible_offset * d).sum(-1)
 
     def draw_visible(self, d: Float[Tensor, " B v"]) -> Float[Tensor, " B v"]:
@@ -194,10 +195,10 @@ class GaussianLayer(BipartiteLayer):
         return u * torch.exp(-self.log_variance)
 
     def carrier(self, u: Float[Tensor, " B v"]) -> Float[Tensor, " B"]:
-        return 0.5 * (_wide(u) * self.statistic(u)).sum(1)
+        return 0.5 * (promote(u) * self.statistic(u)).sum(1)
 
     def visible_log_partition(self, d: Float[Tensor, " *B v"]) -> Float[Tensor, " *B"]:
-        return 0.5 * (_wide(d) * self.statistic(d) + self.log_variance + math.log(2 * math.pi)).sum(-1)
+        return 0.5 * (promote(d) * self.statistic(d) + self.log_variance + math.log(2 * math.pi)).sum(-1)
 
     def draw_visible(self, d: Float[Tensor, " B v"]) -> Float[Tensor, " B v"]:
         return torch.addcmul(d + self.visible_offset, torch.randn_like(d), torch.exp(0.5 * self.log_variance))
@@ -257,8 +258,3 @@ def all_states(units: int, device: torch.device) -> Iterator[Int[Tensor, " chunk
     total = 2**units
     for start in range(0, total, _CHUNK):
         yield (torch.arange(start, min(start + _CHUNK, total), device=device)[:, None] >> bits) & 1
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least fp32: energies are sums over hundreds of units."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dgm_core.precision import promote
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -30,7 +32,7 @@ class VirtualBatchNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, " R C *grid"]) -> Float[Tensor, " R C *grid"]:
         axes = tuple(range(2, x.ndim))
-        full = x if x.dtype == torch.float64 else x.float()
+        full = promote(x)
         mean = full.mean(axes, keepdim=True) if axes else full  # (R, C, 1 …), each example's own
         square = (full - mean).square().mean(axes, keepdim=True) if axes else torch.zeros_like(full)
         r = self.reference

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dgm_core import distributed
-from dgm_core.bijections import promote
+from dgm_core.precision import promote
 from dgm_core.shapes import left_expand, sum_event
 
 if TYPE_CHECKING:
@@ -129,3 +129,11 @@ def gradient_norm(critic: Callable[[Tensor], Tensor], x: Float[Tensor, " B *even
 def gradient_penalty(norm: Float[Tensor, " B"]) -> Float[Tensor, ""]:
     """E (‖∇ f(x̂)‖₂ − 1)². I. Gulrajani et al., 2017. arXiv:1704.00028, eq. 3; two-sided."""
     return (norm - 1).square().mean()
+
+
+def r1_penalty(norm: Float[Tensor, " B"]) -> Float[Tensor, ""]:
+    """½ E ‖∇ D(x)‖² on data, to be weighted by γ (R1).
+
+    L. Mescheder, A. Geiger, S. Nowozin, 2018. arXiv:1801.04406, eq. 9.
+    """
+    return 0.5 * norm.square().mean()

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dgm_core import distributed
-from dgm_core.bijections import promote
-from dgm_core.objectives.precision import full_precision
+from dgm_core.precision import full_precision, promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dgm_core.bijections import promote
-from dgm_core.objectives.precision import full_precision
+from dgm_core.precision import full_precision, promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -65,7 +65,7 @@ class Player:
 
     def _tensors(self) -> list[Tensor]:
         state = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-        return [p.detach() for p in self.parameters] + state
+        return [*self.parameters, *state]  # the objects themselves: they are told apart by their ids
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "average": self.average}

@@ -7,7 +7,7 @@ import pytest
 from dgm_core.capabilities import HasLikelihood
 from dgm_core.contract import DataMismatch
 from dgm_core.models import CATALOG
-from dgm_core.nn.minibatch import MinibatchDiscrimination
+from dgm_core.nn.minibatch import MinibatchDeviation, MinibatchDiscrimination
 from dgm_core.nn.norm import Moments
 from dgm_core.objectives.mmd import MMD
 from tests.contract import checks
@@ -15,6 +15,7 @@ from tests.support import SPECS, TwoRanks, accepted
 
 MODELS = [pytest.param(model, id=name) for name, model in CATALOG.items()]
 CASES = [pytest.param(model, SPECS[s], id=f"{n}-{s}") for n, model in CATALOG.items() for s in accepted(model)]
+BATCHWISE = Moments | MinibatchDeviation | MinibatchDiscrimination | MMD
 
 
 def fits(model: checks.Model, spec: object) -> bool:
@@ -47,7 +48,7 @@ def test_two_ranks_equal_one(model, spec, two_ranks: TwoRanks) -> None:
 @pytest.mark.parametrize(("model", "spec"), CASES)
 def test_microbatches_equal_one_batch(model, spec) -> None:
     instance, _ = checks.build(model, spec)
-    if any(isinstance(module, Moments | MinibatchDiscrimination | MMD) for module in instance.modules()):
+    if any(isinstance(module, BATCHWISE) for module in instance.modules()):
         pytest.skip("batch statistics: microbatches have others, by definition")
     checks.microbatches_equal_one_batch(model, spec)
 

@@ -1,10 +1,10 @@
-"""Minibatch discrimination: the sum written out, equivariance, one rank as oracle for two."""
+"""Minibatch discrimination and deviation: sums written out, equivariance, one rank as oracle for two."""
 
 import torch
 from torch import Tensor
 
 from dgm_core import distributed
-from dgm_core.nn.minibatch import MinibatchDiscrimination
+from dgm_core.nn.minibatch import MinibatchDeviation, MinibatchDiscrimination
 from tests.support import TwoRanks
 
 # The same sums in another order, in float64.
@@ -78,3 +78,51 @@ def test_two_ranks_see_each_other(two_ranks: TwoRanks) -> None:
     for got in two_ranks.run(share_of_outputs, layer(), f, weights):
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, **EXACT)
+
+
+def test_deviation_is_its_formula_in_one_channel() -> None:
+    x = torch.randn(5, 3, 2, 4, dtype=torch.float64)
+    out = MinibatchDeviation()(x)
+    assert torch.equal(out[:, :3], x)
+    sds = [((x[:, c, i, j] - x[:, c, i, j].mean()) ** 2).mean() for c in range(3) for i in range(2) for j in range(4)]
+    wanted = torch.stack([(v + 1e-8).sqrt() for v in sds]).mean()
+    torch.testing.assert_close(out[:, 3], wanted.expand(5, 2, 4), **EXACT)
+
+
+def test_deviation_does_not_know_the_order_and_sees_a_collapse() -> None:
+    layer, x = MinibatchDeviation(), torch.randn(6, 3, 2, 2, dtype=torch.float64)
+    order = torch.randperm(6)
+    torch.testing.assert_close(layer(x[order]), layer(x)[order], **EXACT)
+    same = x[:1].expand(6, 3, 2, 2).clone().requires_grad_()
+    out = layer(same)
+    # Nothing but the root of ε = 10⁻⁸, whose derivative is finite.
+    torch.testing.assert_close(out[:, 3], torch.full((6, 2, 2), 1e-4, dtype=torch.float64), **EXACT)
+    out[:, 3].sum().backward()
+    assert same.grad is not None
+    assert same.grad.isfinite().all()
+
+
+def test_deviation_differentiates_twice() -> None:
+    """A gradient penalty needs it."""
+    x = torch.randn(3, 2, 1, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(MinibatchDeviation(), x)
+
+
+def share_of_penalty(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores that depend on the spread, and the gradient of a penalty on their gradient."""
+    mine = distributed.share(len(x))
+    local = x[mine].clone().requires_grad_()
+    score = (MinibatchDeviation()(local) * weights[mine]).sum((1, 2, 3)).square()
+    (slope,) = torch.autograd.grad(score.sum(), local, create_graph=True)
+    slope.square().sum().backward()
+    assert local.grad is not None
+    return tuple(distributed.gather_rows(t.detach()) for t in (score, slope, local.grad))  # type: ignore[return-value]
+
+
+def test_deviation_spans_ranks_and_so_do_its_second_derivatives(two_ranks: TwoRanks) -> None:
+    x, weights = torch.randn(7, 2, 2, 2, dtype=torch.float64), torch.randn(7, 3, 2, 2, dtype=torch.float64)
+    expected = share_of_penalty(x, weights)
+    for got in two_ranks.run(share_of_penalty, x, weights):
+        for a, b in zip(got, expected, strict=True):
+            # Gradients of order 10³, sums in another order.
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-10)

@@ -16,6 +16,7 @@ from dgm_core.data.sources.idx import Idx
 from dgm_core.data.sources.images import Images
 from dgm_core.data.sources.npz import Npz
 from dgm_core.data.sources.parquet import Parquet
+from dgm_core.data.sources.sprites import SpriteSource
 from dgm_core.data.sources.table import Csv
 from dgm_core.data.sources.wav import Wav
 
@@ -28,9 +29,12 @@ SOURCES: dict[str, type[Source]] = {
     "wav": Wav,
     "csv": Csv,
     "density": DensitySource,
+    "sprites": SpriteSource,
 }
 
-AnySource = Annotated[Digits | Idx | Images | Parquet | Npz | Wav | Csv | DensitySource, Field(discriminator="source")]
+AnySource = Annotated[
+    Digits | Idx | Images | Parquet | Npz | Wav | Csv | DensitySource | SpriteSource, Field(discriminator="source")
+]
 
 
 def parse(given: Mapping[str, Any]) -> Source:

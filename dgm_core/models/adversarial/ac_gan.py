@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dgm_core.bijections import promote
 from dgm_core.config import Optimizer, Recipe, Strict
 from dgm_core.contract import Batch, Clock, DataSpec, Loss
 from dgm_core.models.adversarial.base import AdversarialModel, only_images
@@ -42,6 +41,7 @@ from dgm_core.objectives.gan import (
     non_saturating_generator,
     verdicts,
 )
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -28,38 +28,36 @@ name.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dgm_core.config import Optimizer, Recipe, Strict
+from dgm_core.config import Optimizer, Recipe
 from dgm_core.contract import DataSpec
-from dgm_core.models.adversarial.spectral import LargeScaleGAN, is_small, recipe_of
+from dgm_core.models.adversarial.spectral import LargeScaleConfig, LargeScaleGAN, options_of, recipe_of
 from dgm_core.nn.biggan_blocks import (
     DiscriminatorBlock,
     GeneratorBlock,
+    ImageGenerator,
     ProjectionDiscriminator,
     SelfAttention,
     attended,
     by_vector,
-    discriminator_widths,
+    descent,
     generator_widths,
-    halvings,
     start_orthogonal,
 )
 from dgm_core.nn.dcgan import grids
-from dgm_core.nn.norm import BatchNorm
-from dgm_core.nn.spectral_norm import spectrally_normalise
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
-class Generator(nn.Module):
+class Generator(ImageGenerator):
     """The first chunk onto the coarsest grid, then blocks that double it, each told the class and a chunk of its own:
     (B, latents), (B,) labels -> (B, C, H, W)."""
 
@@ -69,64 +67,40 @@ class Generator(nn.Module):
         outs = [c.features * width for width in generator_widths(len(sizes) - 1)]
         self.chunk, self.grid = c.chunk, (outs[0], *sizes[-1])
         self.embedding = nn.Embedding(data.classes, c.embedding)
-        self.enter = nn.Linear(c.chunk, self.grid[0] * self.grid[1] * self.grid[2])
+        self.enter = nn.Linear(c.chunk, math.prod(self.grid))
         norm = by_vector(c.embedding + c.chunk)
         self.blocks = nn.ModuleList(
             GeneratorBlock(a, b, norm, size) for (a, b), size in zip(pairwise(outs), sizes[-2::-1], strict=True)
         )
-        at = attended(sizes, c.attention)
-        self.attended = None if at is None else len(sizes) - 1 - at  # the block that sees the grid with attention
-        self.attention = None if at is None else SelfAttention(outs[len(sizes) - 1 - at], pooled=True)
-        self.norm, self.out = BatchNorm(outs[-1]), nn.Conv2d(outs[-1], data.shape[0], 3, padding=1)
-        self.bounded = data.levels is not None
-        start_orthogonal(self)
-        spectrally_normalise(self, (nn.Conv2d, nn.Linear))
+        self.finish(outs, attended(sizes, c.attention), data, start_orthogonal, pooled=True)
 
     def forward(self, z: Float[Tensor, " B latents"], y: Int[Tensor, " B"]) -> Float[Tensor, " B C H W"]:
         first, *chunks = z.split(self.chunk, 1)
         of_class = self.embedding(y)
-        h = self.enter(first).unflatten(1, self.grid)
-        for k, (block, chunk) in enumerate(zip(self.blocks, chunks, strict=True)):
-            if self.attention is not None and k == self.attended:
-                h = self.attention(h)
-            h = block(h, torch.cat([of_class.to(chunk.dtype), chunk], 1))
-        x = self.out(F.relu(self.norm(h)))
-        return x.tanh() if self.bounded else x
+        return self.paint(first, self.blocks, (torch.cat([of_class.to(z.dtype), chunk], 1) for chunk in chunks))
 
 
 def discriminator(config: BigGAN.Config, data: DataSpec) -> ProjectionDiscriminator:
     """Residual blocks from the image on, all but the last halving it where it is large; projection."""
-    sizes = grids(*data.shape[1:])
-    doublings = len(sizes) - 1
-    outs = [config.features * width for width in discriminator_widths(doublings)]
-    downs, at = halvings(doublings), attended(sizes, config.attention)
+    outs, downs, at = descent(data.shape, config.features, config.attention)
     layers: list[nn.Module] = []
     for k, (a, b) in enumerate(pairwise([data.shape[0], *outs])):
         layers.append(DiscriminatorBlock(a, b, down=k < downs, first=k == 0))
-        layers += [SelfAttention(b, pooled=True)] if at is not None and k + 1 == min(at, downs) else []
-    network = ProjectionDiscriminator(nn.Sequential(*layers), outs[-1], data.classes)
-    start_orthogonal(network)
-    spectrally_normalise(network)
-    return network
+        layers += [SelfAttention(b, pooled=True)] if k == at else []
+    return ProjectionDiscriminator(layers, outs[-1], data.classes, start_orthogonal)
 
 
 class BigGAN(LargeScaleGAN):
     """Wide residual networks, a shared class embedding and latents at every resolution; images of given classes."""
 
-    class Config(Strict):
+    class Config(LargeScaleConfig):
         chunk: int = Field(default=20, ge=1, description="latents of the first layer and of each block")
-        embedding: int = Field(default=128, ge=1, description="size of the class's shared embedding")
-        features: int = Field(default=96, ge=1, description="channels at the finest grid, where the image is large")
-        attention: int = Field(default=64, ge=0, description="side of the grid that has it, at most; 0 leaves it out")
-        orthogonal: float = Field(default=1e-4, ge=0, description="β of the generator's penalty; 0 leaves it out")
-        discriminator_steps: int = Field(default=2, ge=1, description="plays for each of the generator")
 
-    config: Config
+    config: Config  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
     def defaults(cls, data: DataSpec) -> tuple[Config, Recipe]:
-        small = {"features": 64, "attention": 0, "orthogonal": 0.0, "discriminator_steps": 4}
-        return cls.Config(**(small if is_small(data) else {})), recipe_of(data)
+        return cls.Config(**options_of(data)), recipe_of(data)
 
     @classmethod
     def tiny(cls, data: DataSpec) -> tuple[Config, Recipe]:
@@ -136,8 +110,6 @@ class BigGAN(LargeScaleGAN):
         return config, Recipe(batch_size=32, steps=150, optimizers=players)
 
     def __init__(self, config: Config, data: DataSpec) -> None:
-        c = config
         doublings = len(grids(*data.shape[1:])) - 1 if data.kind == "image" else 0
-        latents = c.chunk * (1 + doublings)
-        super().__init__(c, data, latents=latents, plays=c.discriminator_steps, penalty=c.orthogonal)
-        self.generator, self.discriminator = Generator(c, data), discriminator(c, data)
+        super().__init__(config, data, latents=config.chunk * (1 + doublings))
+        self.generator, self.discriminator = Generator(config, data), discriminator(config, data)

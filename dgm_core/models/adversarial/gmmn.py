@@ -37,11 +37,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dgm_core.bijections import promote
 from dgm_core.config import Optimizer, Recipe, Strict
 from dgm_core.contract import Batch, Clock, DataSpec, Loss, Turn
 from dgm_core.models.adversarial.base import ImplicitModel
 from dgm_core.objectives.mmd import MMD
+from dgm_core.precision import promote
 from dgm_core.shapes import sum_event
 
 if TYPE_CHECKING:

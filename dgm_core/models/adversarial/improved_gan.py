@@ -34,7 +34,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dgm_core.bijections import promote
 from dgm_core.config import Optimizer, Recipe, Strict
 from dgm_core.contract import Batch, Clock, DataSpec, Loss
 from dgm_core.models.adversarial.base import AdversarialModel, only_images
@@ -50,6 +49,7 @@ from dgm_core.objectives.gan import (
     non_saturating_generator,
     verdicts,
 )
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float

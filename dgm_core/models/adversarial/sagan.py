@@ -23,10 +23,11 @@ name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise, repeat
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ from dgm_core.models.adversarial.spectral import SpectralGAN
 from dgm_core.nn.biggan_blocks import (
     DiscriminatorBlock,
     GeneratorBlock,
+    ImageGenerator,
     ProjectionDiscriminator,
     SelfAttention,
     Size,
@@ -44,41 +46,27 @@ from dgm_core.nn.biggan_blocks import (
     start_glorot,
 )
 from dgm_core.nn.dcgan import grids
-from dgm_core.nn.norm import BatchNorm
-from dgm_core.nn.spectral_norm import spectrally_normalise
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
-class Generator(nn.Module):
+class Generator(ImageGenerator):
     """A linear layer onto the coarsest grid, then blocks that double it: (B, latents), (B,) labels -> (B, C, H, W)."""
 
-    def __init__(
-        self, latents: int, shape: tuple[int, ...], classes: int, widths: Sequence[int], at: int | None, bounded: bool
-    ) -> None:
+    def __init__(self, latents: int, data: DataSpec, widths: Sequence[int], at: int | None) -> None:
         super().__init__()
-        sizes = grids(*shape[1:])
-        self.grid = (widths[-1], *sizes[-1])
-        self.enter = nn.Linear(latents, self.grid[0] * self.grid[1] * self.grid[2])
-        outs = widths[::-1]
+        sizes, outs = grids(*data.shape[1:]), (widths[-1], *widths[::-1])
+        self.grid = (outs[0], *sizes[-1])
+        self.enter = nn.Linear(latents, math.prod(self.grid))
+        norm = by_label(data.classes)
         self.blocks = nn.ModuleList(
-            GeneratorBlock(c, out, by_label(classes), size)
-            for c, out, size in zip((outs[0], *outs[:-1]), outs, sizes[-2::-1], strict=True)
+            GeneratorBlock(a, b, norm, size) for (a, b), size in zip(pairwise(outs), sizes[-2::-1], strict=True)
         )
-        self.after = None if at is None else len(sizes) - 1 - at  # attention stands behind so many blocks
-        self.attention = None if at is None else SelfAttention((outs[0], *outs)[len(sizes) - 1 - at])
-        self.norm, self.out = BatchNorm(widths[0]), nn.Conv2d(widths[0], shape[0], 3, padding=1)
-        self.bounded = bounded
-        start_glorot(self)
-        spectrally_normalise(self, (nn.Conv2d, nn.Linear))
+        self.finish(outs, at, data, start_glorot, pooled=False)
 
     def forward(self, z: Float[Tensor, " B latents"], y: Int[Tensor, " B"]) -> Float[Tensor, " B C H W"]:
-        h = self.enter(z).unflatten(1, self.grid)
-        for k, block in enumerate(self.blocks):
-            h = block(self.attention(h) if self.attention is not None and k == self.after else h, y)
-        x = self.out(F.relu(self.norm(h)))
-        return x.tanh() if self.bounded else x
+        return self.paint(z, self.blocks, repeat(y, len(self.blocks)))
 
 
 def discriminator(
@@ -89,11 +77,8 @@ def discriminator(
     for k, (c, out) in enumerate(zip((shape[0], *widths[:-1]), widths, strict=True)):
         layers.append(DiscriminatorBlock(c, out, down=True, first=k == 0))
         layers += [SelfAttention(out)] if at == k + 1 else []
-    body = nn.Sequential(*layers, DiscriminatorBlock(widths[-1], widths[-1], down=False))
-    network = ProjectionDiscriminator(body, widths[-1], classes)
-    start_glorot(network)
-    spectrally_normalise(network)
-    return network
+    layers.append(DiscriminatorBlock(widths[-1], widths[-1], down=False))
+    return ProjectionDiscriminator(layers, widths[-1], classes, start_glorot)
 
 
 class SAGAN(SpectralGAN):
@@ -122,6 +107,6 @@ class SAGAN(SpectralGAN):
         super().__init__(config, data, latents=config.latents)
         sizes: list[Size] = grids(*data.shape[1:])
         widths = [config.features * min(2**k, 16) for k in range(len(sizes) - 1)]
-        at, bounded = attended(sizes, config.attention), data.levels is not None
-        self.generator = Generator(config.latents, data.shape, data.classes, widths, at, bounded)
+        at = attended(sizes, config.attention)
+        self.generator = Generator(config.latents, data, widths, at)
         self.discriminator = discriminator(data.shape, data.classes, widths, at)

@@ -5,9 +5,10 @@ what the two BigGANs do besides: truncation, the orthogonal penalty, standing st
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dgm_core.config import Optimizer, Recipe, Strict
@@ -53,25 +54,32 @@ class SpectralGAN(AdversarialModel):
         super().calibrate(batches, passes=passes, batch_size=batch_size)
 
 
+class LargeScaleConfig(Strict):
+    """What both BigGANs can be told; each adds its latents."""
+
+    embedding: int = Field(default=128, ge=1, description="size of the class's shared embedding")
+    features: int = Field(default=96, ge=1, description="channels at the finest grid, where the image is large")
+    attention: int = Field(default=64, ge=0, description="side of the grid that has it, at most; 0 leaves it out")
+    orthogonal: float = Field(default=1e-4, ge=0, description="β of the generator's penalty; 0 leaves it out")
+    discriminator_steps: int = Field(default=2, ge=1, description="plays for each of the generator")
+
+
 class LargeScaleGAN(SpectralGAN):
-    """A generator whose `embedding` of the class is shared, with a penalty on its other weights.
+    """A generator whose `embedding` of the class is shared, with a penalty on its other weights."""
 
-    Args:
-        penalty: β of the orthogonal penalty.
-    """
+    config: LargeScaleConfig
 
-    def __init__(self, config: Strict, data: DataSpec, *, latents: int, plays: int, penalty: float) -> None:
-        super().__init__(config, data, latents=latents, plays=plays)
-        self.penalty = penalty
+    def __init__(self, config: LargeScaleConfig, data: DataSpec, *, latents: int) -> None:
+        super().__init__(config, data, latents=latents, plays=config.discriminator_steps)
 
     def generator_loss(self, batch: Batch, fake: Float[Tensor, " B *shape"], clock: Clock) -> Loss:
         game = super().generator_loss(batch, fake, clock).value
-        if not self.penalty:
+        if not self.config.orthogonal:
             return Loss(game)
         named = self.generator.named_parameters()
         penalty = orthogonal_penalty(p for name, p in named if p.ndim > 1 and not name.startswith("embedding."))
         metrics = {"game": game.detach(), "orthogonal_penalty": penalty.detach()}
-        return Loss(game + self.penalty * penalty, metrics)
+        return Loss(game + self.config.orthogonal * penalty, metrics)
 
     def draw_latent(self, n: int, truncation: float | None = None) -> Float[Tensor, " n latents"]:
         """N(0, I), or that truncated to [−t, t] coordinate by coordinate."""
@@ -97,6 +105,11 @@ class LargeScaleGAN(SpectralGAN):
 
     def calibrate(self, batches: Iterator[Batch], *, passes: int = 100, batch_size: int = 64) -> None:
         super().calibrate(batches, passes=passes, batch_size=batch_size)
+
+
+def options_of(data: DataSpec) -> dict[str, Any]:
+    """What up to 32 × 32 the authors' code for CIFAR-10 has otherwise than the paper."""
+    return {"features": 64, "attention": 0, "orthogonal": 0.0, "discriminator_steps": 4} if is_small(data) else {}
 
 
 def recipe_of(data: DataSpec, generator_lr: float = 5e-5, discriminator_lr: float = 2e-4) -> Recipe:

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from dgm_core.capabilities import HasCompletion, HasLikelihood
@@ -27,39 +26,11 @@ from dgm_core.nn.causal import Pointwise
 from dgm_core.nn.gated import GatedResidual, plain_conv
 from dgm_core.nn.incremental import draw_categorical, draw_noise, fill
 from dgm_core.nn.stack import Stack
+from dgm_core.nn.tokens import TokenInput, grid_shape
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
-
-
-def _odd(kernel: int) -> int:
-    if kernel < 3 or kernel % 2 == 0:
-        raise ValueError(f"a kernel is centred on its pixel: odd and at least 3, not {kernel}")
-    return kernel
-
-
-OddKernel = Annotated[int, AfterValidator(_odd)]
-
-
-def grid_shape(data: DataSpec) -> tuple[int, int, int]:
-    """(channels, height, width); codes have one channel, sequences and vectors one row as well."""
-    return (*(1,) * (3 - len(data.shape)), *data.shape)  # type: ignore[return-value]
-
-
-class TokenInput(nn.Module):
-    """Integers (B, C, *grid) as features (B, width, *grid): intensities in [−1, 1], or embeddings of codes."""
-
-    def __init__(self, data: DataSpec, features: int) -> None:
-        super().__init__()
-        self.levels = data.levels or 0
-        self.codes = nn.Embedding(self.levels, features) if data.kind == "codes" else None
-        self.width = features if self.codes is not None else grid_shape(data)[0]
-
-    def forward(self, x: Int[Tensor, " B C *grid"], like: Tensor) -> Float[Tensor, " B width *grid"]:
-        if self.codes is not None:
-            return self.codes(x[:, 0].long()).movedim(-1, 1)
-        x = x.to(like.dtype)
-        return x * (2 / (self.levels - 1)) - 1 if self.levels else x
 
 
 class ContextMap(nn.Module):
@@ -141,11 +112,6 @@ class Conditioner(nn.Module):
         return sum(parts[1:], parts[0]) if parts else None
 
 
-def condition_row(condition: Tensor | None, r: int) -> Tensor | None:
-    """Row r of a condition that may be the same everywhere."""
-    return condition if condition is None or condition.shape[2] == 1 else condition[:, :, r : r + 1]
-
-
 FORMS = {"grid": "images (C, H, W) and codes (H, W)", "sequence": "audio and codes (T,)", "vector": "vectors (D,)"}
 
 
@@ -187,7 +153,7 @@ class RasterModel(GenerativeModel, HasLikelihood, HasCompletion):
 
     def log_likelihood(self, grid: Int[Tensor, " B C H W"], logits: Tensor) -> Float[Tensor, " B"]:
         """Nats of the grid, from what the network says of it."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = promote(logits)
         return -F.cross_entropy(logits.movedim(-1, 1), grid, reduction="none").flatten(1).sum(1)
 
     def draw(

@@ -25,9 +25,9 @@ here; beside a loop over pixels, and its step beside row_lstm's: `python -m benc
 
 from __future__ import annotations
 
-from dgm_core.models.autoregressive.base import grid_shape
 from dgm_core.models.autoregressive.pixel_rnn import PixelRNN
 from dgm_core.nn.recurrent import DiagonalBiLSTM as DiagonalLayer
+from dgm_core.nn.tokens import grid_shape
 
 
 class DiagonalBiLSTM(PixelRNN):

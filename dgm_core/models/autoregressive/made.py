@@ -38,10 +38,12 @@ from torch import Tensor, nn
 
 from dgm_core.config import Optimizer, Recipe, Strict
 from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, Loss
-from dgm_core.models.autoregressive.base import Conditioner, RasterModel, TokenInput, grid_shape
+from dgm_core.models.autoregressive.base import Conditioner, RasterModel
 from dgm_core.nn import masked
 from dgm_core.nn.agnostic import AgnosticMADE
 from dgm_core.nn.causal import Pointwise
+from dgm_core.nn.tokens import TokenInput, grid_shape
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -161,7 +163,7 @@ class MADENetwork(nn.Module):
     def _mixed(self, said: Float[Tensor, " M B D levels"], x: Tensor, order: int) -> Float[Tensor, " B D levels"]:
         """log Σ_m p(m | x_<d) p_m(x_d | x_<d), with p(m | x_<d) ∝ p_m(x_<d)."""
         assert isinstance(self.core, AgnosticMADE)
-        said = (said if said.dtype == torch.float64 else said.float()).log_softmax(-1)
+        said = promote(said).log_softmax(-1)
         values = x.movedim(1, -1).flatten(1).expand(self.masks, -1, -1)
         drawn = said.gather(3, values[..., None])[..., 0]
         ordered = drawn[..., self.core.orders[order]]

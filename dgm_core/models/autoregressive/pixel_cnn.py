@@ -24,26 +24,18 @@ at least 20 × faster than the naive loop's, at batch 16, 32×32 and 10 blocks: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dgm_core.config import Optimizer, Recipe, Strict
+from dgm_core.config import Optimizer, Recipe
 from dgm_core.contract import DataSpec
-from dgm_core.models.autoregressive.base import (
-    Conditioner,
-    OddKernel,
-    RasterModel,
-    TokenInput,
-    condition_row,
-    grid_shape,
-)
-from dgm_core.nn.causal import MaskedConv, Pointwise, RasterMemory, channel_groups, channel_mask
+from dgm_core.models.autoregressive.base import Conditioner, RasterModel
+from dgm_core.models.autoregressive.pixel_rnn import Memory, PixelConfig, PixelNetwork
+from dgm_core.nn.causal import MaskedConv, OddKernel, Pointwise, channel_groups, channel_mask, condition_row
 from dgm_core.nn.stack import Stack
 
 if TYPE_CHECKING:
@@ -75,34 +67,15 @@ class ResidualBlock(nn.Module):
         return x + self.expand(F.relu(convolve(F.relu(self.shrink(F.relu(x))))))
 
 
-@dataclass
-class Memory:
-    x: Int[Tensor, " n C H W"]
-    condition: Tensor | None
-    first: RasterMemory
-    blocks: list[RasterMemory]
+class PixelCNNNetwork(PixelNetwork):
+    """A stack of residual blocks between the ends that all networks of the paper have."""
 
-
-class PixelCNNNetwork(nn.Module):
     def __init__(self, config: PixelCNN.Config, data: DataSpec, condition: int) -> None:
-        super().__init__()
-        self.colours = grid_shape(data)[0]
-        self.levels = data.levels or 0
-        self.skips = config.skips
-        self.embed = TokenInput(data, 2 * config.hidden)
-        inputs = channel_groups(self.embed.width, self.colours)
-        wide = channel_groups(2 * config.hidden, self.colours)
-        head = channel_groups(config.head, self.colours)
-        logits = [k for k in range(self.colours) for _ in range(self.levels)]
-        mask = channel_mask(inputs, wide, strict=True)
-        self.first = MaskedConv(len(inputs), len(wide), config.first_kernel, mask)
+        super().__init__(config, data, data.levels or 0)
         self.blocks = Stack(
             ResidualBlock(config.hidden, config.kernel, condition, self.colours) for _ in range(config.depth)
         )
-        read = wide * config.depth if config.skips else wide
-        self.collect = Pointwise(len(read), config.head, channel_mask(read, head))
-        self.mix = Pointwise(config.head, config.head, channel_mask(head, head))
-        self.out = Pointwise(config.head, len(logits), channel_mask(head, logits))
+        self.close(config, config.depth)
 
     def forward(self, x: Int[Tensor, " B C H W"], condition: Tensor | None) -> Float[Tensor, " B C H W levels"]:
         h = self.first(self.embed(x, self.out.weight))
@@ -110,48 +83,32 @@ class PixelCNNNetwork(nn.Module):
         for block in self.blocks:
             h = block(h, condition)
             outputs.append(h)
-        return self._head(outputs).unflatten(1, (self.colours, self.levels)).movedim(2, -1)
+        return self.head(outputs).unflatten(1, (self.colours, self.said)).movedim(2, -1)
 
     def start(self, x: Int[Tensor, " n C H W"], condition: Tensor | None) -> Memory:
-        n, width = x.shape[0], x.shape[3]
-        blocks = [block.convolve.start(n, width) for block in self.blocks]
-        return Memory(x, condition, self.first.start(n, width), blocks)
+        blocks = [block.convolve.start(len(x), self.width) for block in self.blocks]
+        return Memory(x, condition, self.first.start(len(x), self.width), blocks)
 
     def row(self, memory: Memory, r: int) -> None:
-        if r:  # only now is the last pixel of the row above known in full
-            memory.first.put(self.embed(memory.x[:, :, r - 1, -1], self.out.weight), memory.x.shape[3] - 1)
-        memory.first.row()
+        self.begin(memory, r)
         condition = condition_row(memory.condition, r)
-        for block, past in zip(self.blocks, memory.blocks, strict=True):
+        for block, past in zip(self.blocks, memory.layers, strict=True):
             past.row(block.side(condition))
 
-    def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, " n levels"]:
-        if c and not k:  # when it was stepped, the pixel before lacked its last colour
-            memory.first.put(self.embed(memory.x[:, :, r, c - 1], self.out.weight), c - 1)
-        h = memory.first.step(self.embed(memory.x[:, :, r, c], self.out.weight), c)
+    def column(self, h: Float[Tensor, " n 2h"], memory: Memory, c: int) -> list[Float[Tensor, " n 2h"]]:
         outputs = []
-        for block, past in zip(self.blocks, memory.blocks, strict=True):
+        for block, past in zip(self.blocks, memory.layers, strict=True):
             h = block.unit(h, partial(past.step, c=c))
             outputs.append(h)
-        return self._head(outputs)[:, k * self.levels : (k + 1) * self.levels]
-
-    def _head(self, outputs: list[Tensor]) -> Tensor:
-        h = torch.cat(outputs, 1) if self.skips else outputs[-1]
-        return self.out(F.relu(self.mix(F.relu(self.collect(F.relu(h))))))
+        return outputs
 
 
 class PixelCNN(RasterModel):
     """One stack of masked convolutions, with its blind spot, and a softmax a coordinate."""
 
-    class Config(Strict):
-        hidden: int = Field(default=128, ge=1, description="h: features within a residual block; 2h outside")
+    class Config(PixelConfig):
         depth: int = Field(default=15, ge=1, description="residual blocks")
         kernel: OddKernel = Field(default=3, description="n of a block's n×n masked convolution")
-        first_kernel: OddKernel = Field(default=7, description="n of the first layer")
-        head: int = Field(default=1024, ge=1, description="feature maps of each of the two 1×1 layers at the end")
-        skips: bool = Field(default=True, description="layer-to-output connections")
-        context_depth: int = Field(default=4, ge=0, description="residual blocks on each spatial context")
-        conditional: bool = Field(default=False, description="use the labels, where the data has classes")
 
     config: Config
 

@@ -38,9 +38,10 @@ from torch import Tensor, nn
 from dgm_core.config import Optimizer, Recipe, Strict
 from dgm_core.contract import Batch, DataMismatch, DataSpec
 from dgm_core.distributions.logistic_mixture import LogisticMixture
-from dgm_core.models.autoregressive.base import Conditioner, RasterModel, TokenInput, condition_row, grid_shape
-from dgm_core.nn.causal import RasterMemory, RowsMemory, shift_down, shift_right
+from dgm_core.models.autoregressive.base import Conditioner, RasterModel
+from dgm_core.nn.causal import RasterMemory, RowsMemory, condition_row, shift_down, shift_right
 from dgm_core.nn.stack import Stack
+from dgm_core.nn.tokens import TokenInput, grid_shape
 from dgm_core.nn.two_streams import Double, DoubleMemory, Halve, Layer, LayerMemory, Streams
 from dgm_core.nn.weight_norm import ShiftedConv, WeightNormPointwise, starting
 

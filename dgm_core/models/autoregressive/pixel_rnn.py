@@ -1,19 +1,20 @@
-"""What the two recurrent networks of Pixel Recurrent Neural Networks share (arXiv:1601.06759): all but the LSTM layer.
+"""What the networks of Pixel Recurrent Neural Networks share (arXiv:1601.06759): PixelCNN, and the two recurrent ones.
 
-A 7×7 convolution with mask A; recurrent layers of h states, each within a residual connection over 2h features (§3.3,
-fig. 5),
+All three have a 7×7 convolution with mask A in front, and behind their layers, from every one of which connections lead
+to the output, two layers of ReLU and 1×1 convolution, and the softmax (table 1). Features are split into one group a
+colour: where the current pixel is concerned, mask A lets a group see earlier colours only, mask B its own too (§3.4).
 
-    x + expand(LSTM(x)),      1×1 from h to 2h,
+The recurrent ones differ in their LSTM layer alone: layers of h states, each within a residual connection over 2h
+features (§3.3, fig. 5),
 
-and connections from every layer to the output; two layers of ReLU and 1×1 convolution, and the softmax (table 1).
-Features are split into one group a colour: where the current pixel is concerned, mask A lets a group see earlier
-colours only, mask B its own too (§3.4). A condition is added to each layer's input-to-state map by a 1×1 convolution,
-as §3.6 adds its conditioning map.
+    x + expand(LSTM(x)),      1×1 from h to 2h.
+
+A condition is added to each layer's input-to-state map by a 1×1 convolution, as §3.6 adds its conditioning map.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,18 +26,20 @@ from torch import Tensor, nn
 
 from dgm_core.config import Optimizer, Recipe, Strict
 from dgm_core.contract import DataSpec
-from dgm_core.models.autoregressive.base import (
-    Conditioner,
+from dgm_core.models.autoregressive.base import Conditioner, RasterModel
+from dgm_core.nn.causal import (
+    MaskedConv,
     OddKernel,
-    RasterModel,
-    TokenInput,
+    Pointwise,
+    RasterMemory,
+    channel_groups,
+    channel_mask,
     condition_row,
-    grid_shape,
 )
-from dgm_core.nn.causal import MaskedConv, Pointwise, RasterMemory, channel_groups, channel_mask
 from dgm_core.nn.recurrent import ConvLSTM
 from dgm_core.nn.scan import skew, unskew
 from dgm_core.nn.stack import Stack
+from dgm_core.nn.tokens import TokenInput, grid_shape
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -50,7 +53,71 @@ class Memory:
     layers: list[Any]
 
 
-class PixelRNNNetwork(nn.Module):
+class PixelConfig(Strict):
+    """What all three can be told; each adds its layers."""
+
+    hidden: int = Field(default=128, ge=1, description="h: features, or states, within a layer; 2h outside")
+    first_kernel: OddKernel = Field(default=7, description="n of the first layer's n×n masked convolution")
+    head: int = Field(default=1024, ge=1, description="feature maps of each of the two 1×1 layers at the end")
+    skips: bool = Field(default=True, description="layer-to-output connections")
+    context_depth: int = Field(default=4, ge=0, description="residual blocks on each spatial context")
+    conditional: bool = Field(default=False, description="use the labels, where the data has classes")
+
+
+class PixelNetwork(nn.Module, ABC):
+    """The first convolution and the last two, and how the pixels known so far enter. A concrete one makes its layers
+    and then calls `close`.
+
+    Args:
+        said: numbers that say a coordinate's distribution.
+    """
+
+    def __init__(self, config: PixelConfig, data: DataSpec, said: int) -> None:
+        super().__init__()
+        self.colours, _, self.width = grid_shape(data)
+        self.said, self.skips = said, config.skips
+        self.embed = TokenInput(data, 2 * config.hidden)
+        inputs = channel_groups(self.embed.width, self.colours)
+        self.wide = channel_groups(2 * config.hidden, self.colours)
+        mask = channel_mask(inputs, self.wide, strict=True)
+        self.first = MaskedConv(len(inputs), len(self.wide), config.first_kernel, mask)
+
+    def close(self, config: PixelConfig, depth: int) -> None:
+        """The end, which reads `depth` layers."""
+        head = channel_groups(config.head, self.colours)
+        logits = [k for k in range(self.colours) for _ in range(self.said)]
+        read = self.wide * depth if self.skips else self.wide
+        self.collect = Pointwise(len(read), config.head, channel_mask(read, head))
+        self.mix = Pointwise(config.head, config.head, channel_mask(head, head))
+        self.out = Pointwise(config.head, len(logits), channel_mask(head, logits))
+
+    def head(self, outputs: list[Float[Tensor, " n 2h *grid"]]) -> Float[Tensor, " n said *grid"]:
+        """What is said, from every layer's features."""
+        h = torch.cat(outputs, 1) if self.skips else outputs[-1]
+        return self.out(F.relu(self.mix(F.relu(self.collect(F.relu(h))))))
+
+    def begin(self, memory: Memory, r: int) -> None:
+        """Row r of the first convolution."""
+        if r:  # only now is the last pixel of the row above known in full
+            memory.first.put(self.embed(memory.x[:, :, r - 1, -1], self.out.weight), self.width - 1)
+        memory.first.row()
+
+    def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, " n levels"]:
+        if c and not k:  # when it was stepped, the pixel before lacked its last colour
+            memory.first.put(self.embed(memory.x[:, :, r, c - 1], self.out.weight), c - 1)
+        h = memory.first.step(self.embed(memory.x[:, :, r, c], self.out.weight), c)
+        return self.logits(self.head(self.column(h, memory, c))[:, k * self.said : (k + 1) * self.said])
+
+    @abstractmethod
+    def column(self, h: Float[Tensor, " n 2h"], memory: Memory, c: int) -> list[Float[Tensor, " n 2h"]]:
+        """Every layer's features at column c of the row, from those of the first convolution."""
+
+    def logits(self, said: Float[Tensor, " *n said"]) -> Float[Tensor, " *n levels"]:
+        """Where one number is said of two levels, it is the second's log-odds: the paper's sigmoid."""
+        return F.pad(said, (1, 0)) if self.said == 1 else said
+
+
+class PixelRNNNetwork(PixelNetwork):
     """`layer(features, sides, pixels)` makes an LSTM layer; the first one may read `pixels`, as wide as said."""
 
     order: Tensor
@@ -62,23 +129,12 @@ class PixelRNNNetwork(nn.Module):
         condition: int,
         layer: Callable[[int, int, int], ConvLSTM],
     ) -> None:
-        super().__init__()
-        self.colours, _, self.width = grid_shape(data)
-        self.said = 1 if data.levels == 2 else data.levels or 0  # numbers that say a distribution
-        self.skips, self.condition = config.skips, condition
-        self.embed = TokenInput(data, 2 * config.hidden)
-        inputs = channel_groups(self.embed.width, self.colours)
-        wide, narrow = channel_groups(2 * config.hidden, self.colours), channel_groups(config.hidden, self.colours)
-        head = channel_groups(config.head, self.colours)
-        logits = [k for k in range(self.colours) for _ in range(self.said)]
-        mask = channel_mask(inputs, wide, strict=True)
-        self.first = MaskedConv(len(inputs), len(wide), config.first_kernel, mask)
-        self.layers = Stack(layer(len(wide), condition, 0 if i else len(inputs)) for i in range(config.depth))
+        super().__init__(config, data, 1 if data.levels == 2 else data.levels or 0)
+        self.condition = condition
+        wide, narrow = self.wide, channel_groups(config.hidden, self.colours)
+        self.layers = Stack(layer(len(wide), condition, 0 if i else self.embed.width) for i in range(config.depth))
         self.expand = Stack(Pointwise(len(narrow), len(wide), channel_mask(narrow, wide)) for _ in self.layers)
-        read = wide * config.depth if config.skips else wide
-        self.collect = Pointwise(len(read), config.head, channel_mask(read, head))
-        self.mix = Pointwise(config.head, config.head, channel_mask(head, head))
-        self.out = Pointwise(config.head, len(logits), channel_mask(head, logits))
+        self.close(config, config.depth)
         self.register_buffer("order", torch.tensor(self.layers[0].plan.order), persistent=False)
 
     def forward(self, x: Int[Tensor, " B C H W"], condition: Tensor | None) -> Float[Tensor, " B C H W levels"]:
@@ -94,57 +150,36 @@ class PixelRNNNetwork(nn.Module):
             states = layer(h, sides, None if i else raw)
             h = h + expand(states.flatten(0, 1)).view_as(h)
             outputs.append(h)
-        said = self._head([output.flatten(0, 1) for output in outputs]).unflatten(0, h.shape[:2])
+        said = self.head([output.flatten(0, 1) for output in outputs]).unflatten(0, h.shape[:2])
         said = unskew(said, self.order, self.width).unflatten(1, (self.colours, self.said)).movedim(2, -1)
-        return self._logits(said)
+        return self.logits(said)
 
     def start(self, x: Int[Tensor, " n C H W"], condition: Tensor | None) -> Memory:
         n = x.shape[0]
         return Memory(x, condition, self.first.start(n, self.width), [layer.start(n) for layer in self.layers])
 
     def row(self, memory: Memory, r: int) -> None:
-        raw = None
-        if r:  # only now is the last pixel of the row above known in full
-            above = self.embed(memory.x[:, :, r - 1], self.out.weight)
-            memory.first.put(above[..., -1], self.width - 1)
-            raw = above.permute(2, 0, 1)
-        memory.first.row()
+        self.begin(memory, r)
+        raw = self.embed(memory.x[:, :, r - 1], self.out.weight).permute(2, 0, 1) if r else None
         sides = condition_row(memory.condition, r)
         if sides is not None:
             sides = sides[:, :, 0].permute(2, 0, 1).expand(self.width, -1, -1)
         for i, (layer, past) in enumerate(zip(self.layers, memory.layers, strict=True)):
             layer.row(past, r, sides, None if i else raw)
 
-    def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, " n levels"]:
-        if c and not k:  # when it was stepped, the pixel before lacked its last colour
-            memory.first.put(self.embed(memory.x[:, :, r, c - 1], self.out.weight), c - 1)
-        h = memory.first.step(self.embed(memory.x[:, :, r, c], self.out.weight), c)
+    def column(self, h: Float[Tensor, " n 2h"], memory: Memory, c: int) -> list[Float[Tensor, " n 2h"]]:
         outputs = []
         for layer, expand, past in zip(self.layers, self.expand, memory.layers, strict=True):
             h = h + expand(layer.step(h, past, c))
             outputs.append(h)
-        return self._logits(self._head(outputs)[:, k * self.said : (k + 1) * self.said])
-
-    def _head(self, outputs: list[Float[Tensor, " n 2h"]]) -> Float[Tensor, " n said"]:
-        h = torch.cat(outputs, 1) if self.skips else outputs[-1]
-        return self.out(F.relu(self.mix(F.relu(self.collect(F.relu(h))))))
-
-    def _logits(self, said: Float[Tensor, " *n said"]) -> Float[Tensor, " *n levels"]:
-        """Of two levels the second's log-odds are said: the paper's sigmoid."""
-        return F.pad(said, (1, 0)) if self.said == 1 else said
+        return outputs
 
 
 class PixelRNN(RasterModel):
-    """The configuration and recipe that both have; a concrete model makes the layers."""
+    """The configuration and recipe that both recurrent ones have; a concrete model makes the layers."""
 
-    class Config(Strict):
-        hidden: int = Field(default=128, ge=1, description="h: states of an LSTM layer; 2h features outside")
+    class Config(PixelConfig):
         depth: int = Field(default=12, ge=1, description="LSTM layers")
-        first_kernel: OddKernel = Field(default=7, description="n of the first layer's n×n masked convolution")
-        head: int = Field(default=1024, ge=1, description="feature maps of each of the two 1×1 layers at the end")
-        skips: bool = Field(default=True, description="layer-to-output connections")
-        context_depth: int = Field(default=4, ge=0, description="residual blocks on each spatial context")
-        conditional: bool = Field(default=False, description="use the labels, where the data has classes")
 
     config: Config
 

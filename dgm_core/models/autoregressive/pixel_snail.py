@@ -33,18 +33,20 @@ from torch import Tensor, nn
 
 from dgm_core.config import Optimizer, Recipe, Strict
 from dgm_core.contract import DataSpec
-from dgm_core.models.autoregressive.base import (
-    Conditioner,
-    OddKernel,
-    RasterModel,
-    TokenInput,
-    condition_row,
-    grid_shape,
-)
+from dgm_core.models.autoregressive.base import Conditioner, RasterModel
 from dgm_core.nn.attention import AttentionMemory, CausalAttention
-from dgm_core.nn.causal import HorizontalConv, Pointwise, VerticalConv, shift_down, shift_right
+from dgm_core.nn.causal import (
+    HorizontalConv,
+    OddKernel,
+    Pointwise,
+    VerticalConv,
+    condition_row,
+    shift_down,
+    shift_right,
+)
 from dgm_core.nn.gated import GatedResidual, Sides
 from dgm_core.nn.stack import Stack
+from dgm_core.nn.tokens import TokenInput, grid_shape
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

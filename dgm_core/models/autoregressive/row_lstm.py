@@ -25,9 +25,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from dgm_core.models.autoregressive.base import OddKernel, grid_shape
 from dgm_core.models.autoregressive.pixel_rnn import PixelRNN
+from dgm_core.nn.causal import OddKernel
 from dgm_core.nn.recurrent import RowLSTM as RowLayer
+from dgm_core.nn.tokens import grid_shape
 
 
 class RowLSTM(PixelRNN):

@@ -21,22 +21,20 @@ measured yet; `python -m pipelines.train` trains it by name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dgm_core.config import Optimizer, Recipe, Strict
+from dgm_core.config import Optimizer, Recipe
 from dgm_core.contract import DataMismatch, DataSpec
 from dgm_core.distributions.ordinal_mixture import OrdinalMixture
-from dgm_core.models.autoregressive.base import Conditioner, RasterModel, TokenInput
-from dgm_core.nn.causal import Pointwise, shift_right
-from dgm_core.nn.dilated import DilatedConv, DilatedStack, Ring, StackMemory
-from dgm_core.nn.incremental import TakesPrefix
+from dgm_core.models.autoregressive.base import Conditioner, RasterModel
+from dgm_core.nn.causal import Pointwise
+from dgm_core.nn.tokens import TokenInput
+from dgm_core.nn.wavenet import Upsampling, WaveNetNetwork, WaveNetSizes, stretch
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -47,7 +45,7 @@ SOFTMAX_LEVELS = 256
 class SequenceMap(nn.Module):
     """A context (T',) as features of the data's length T: y = f(h) of §2.5."""
 
-    def __init__(self, name: str, context: DataSpec, data: DataSpec, features: int, upsampling: str) -> None:
+    def __init__(self, name: str, context: DataSpec, data: DataSpec, features: int, upsampling: Upsampling) -> None:
         super().__init__()
         if len(context.shape) != 1:
             raise DataMismatch(
@@ -62,94 +60,21 @@ class SequenceMap(nn.Module):
             )
         self.embed = TokenInput(context, features)
         self.enter = Pointwise(self.embed.width, features)
-        # Each output lies between two contexts and sees both.
-        r = self.ratio
-        margin, rest = (0, (r + 1) // 2), (0, r % 2)
-        stretch = upsampling == "transposed" and r > 1
-        upsample = nn.ConvTranspose2d(features, features, (1, 2 * r), (1, r), margin, rest) if stretch else None
-        self.upsample = upsample
+        self.upsample = stretch(features, self.ratio, upsampling)
 
     def forward(self, x: Tensor) -> Float[Tensor, " B features 1 T"]:
         h = self.enter(self.embed(x[:, None, None], self.enter.weight))
-        return h.repeat_interleave(self.ratio, 3) if self.upsample is None else self.upsample(h)
-
-
-@dataclass
-class Memory:
-    x: Int[Tensor, " n 1 1 T"]
-    condition: Tensor | None
-    enter: Ring
-    entering: Float[Tensor, " n channels"]  # room for what `enter` yields
-    stack: StackMemory
-    nothing: Float[Tensor, " n width"]  # stands before the first sample
-
-
-class WaveNetNetwork(nn.Module, TakesPrefix):
-    def __init__(self, config: WaveNet.Config, data: DataSpec, condition: int, params: int) -> None:
-        super().__init__()
-        one_hot = config.output == "softmax"
-        self.embed = TokenInput(replace(data, kind="codes") if one_hot else data, config.channels)
-        self.enter = DilatedConv(self.embed.width, config.channels, config.kernel)
-        self.stack = DilatedStack(
-            config.channels,
-            config.hidden,
-            config.skip,
-            kernel=config.kernel,
-            dilations=[2**i for i in range(config.depth)] * config.stacks,
-            condition=condition,
-        )
-        self.bias = nn.Parameter(torch.zeros(config.skip, 1, 1))  # of the sum of skip connections
-        self.hidden = Pointwise(config.skip, config.head)
-        self.out = Pointwise(config.head, params)
-
-    def forward(self, x: Int[Tensor, " B 1 1 T"], condition: Tensor | None) -> Float[Tensor, " B 1 1 T params"]:
-        h = self.enter(shift_right(self.embed(x, self.out.weight)))
-        return self._head(self.stack(h, condition) + self.bias).movedim(1, -1)[:, None]
-
-    def start(self, x: Int[Tensor, " n 1 1 T"], condition: Tensor | None) -> Memory:
-        n, like = x.shape[0], self.out.weight
-        channels = self.enter.weight.shape[0]
-        nothing, entering = like.new_zeros(n, self.embed.width), like.new_empty(n, channels)
-        return Memory(x, condition, self.enter.start(n), entering, self.stack.start(n, condition), nothing)
-
-    @torch.no_grad()
-    def take_prefix(self, memory: Memory, columns: int) -> None:
-        first = max(0, columns - self.stack.past - self.enter.past)  # nothing before it is seen any more
-        seen = self.embed(memory.x[..., max(0, first - 1) : columns - 1], self.out.weight)
-        seen = seen if first else F.pad(seen, (1, 0))
-        memory.enter.fill(seen, columns)
-        condition = memory.condition
-        if condition is not None and condition.shape[3] > 1:
-            condition = condition[..., first:columns]
-        self.stack.fill(memory.stack, self.enter(seen), condition, columns)
-
-    def row(self, memory: Memory, r: int) -> None:
-        """A sequence has no rows above."""
-
-    def step(self, memory: Memory, r: int, c: int, k: int) -> Float[Tensor, " n params"]:
-        previous = self.embed(memory.x[:, :, 0, c - 1], self.out.weight) if c else memory.nothing
-        entering = memory.enter.step(previous, c, memory.entering)
-        return self._head(self.stack.step(memory.stack, entering, c) + self.bias[:, 0, 0])
-
-    def _head(self, skips: Tensor) -> Tensor:
-        return self.out(F.relu(self.hidden(F.relu(skips))))
+        return self.upsample(h)
 
 
 class WaveNet(RasterModel):
     """Dilated causal convolutions over raw audio or codes, conditional on labels, vectors and sequences."""
 
-    class Config(Strict):
+    class Config(WaveNetSizes):
         output: Literal["softmax", "logistic_mixture"] = Field(default="softmax", description="p(x_t | …)")
-        stacks: int = Field(default=3, ge=1, description="how often the dilations are repeated")
-        depth: int = Field(default=10, ge=1, le=16, description="layers a stack, of dilations 1, 2, 4 …")
-        kernel: int = Field(default=2, ge=2, description="taps of a convolution")
-        channels: int = Field(default=512, ge=1, description="features of the residual path")
-        hidden: int = Field(default=256, ge=1, description="gated units of a layer")
-        skip: int = Field(default=256, ge=1, description="features of the skip connections")
-        head: int = Field(default=256, ge=1, description="features of the 1×1 layer before the output")
         mixtures: int = Field(default=10, ge=1, description="logistics of output logistic_mixture")
         condition: int = Field(default=128, ge=1, description="features that the conditions become, in sum")
-        upsampling: Literal["transposed", "repeat"] = Field(default="transposed", description="of local conditions")
+        upsampling: Upsampling = Field(default="transposed", description="of local conditions")
         conditional: bool = Field(default=True, description="use the labels, where the data has classes")
 
     config: Config
@@ -183,7 +108,8 @@ class WaveNet(RasterModel):
         stretched = partial(SequenceMap, data=data, features=config.condition, upsampling=config.upsampling)
         self.conditioner = Conditioner(data, config.condition, 0, labels=config.conditional, spatial=stretched)
         params = levels if self.mixture is None else self.mixture.params
-        self.network = WaveNetNetwork(config, data, self.conditioner.width, params)
+        one_hot = self.mixture is None
+        self.network = WaveNetNetwork(config, data, self.conditioner.width, params, one_hot=one_hot)
         if self.mixture is not None:
             with torch.no_grad():
                 self.network.out.bias.copy_(self.mixture.first())

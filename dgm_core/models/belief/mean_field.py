@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgm_core.nn.belief import SigmoidBeliefNet, log_bernoulli, wide
+from dgm_core.nn.belief import SigmoidBeliefNet, log_bernoulli
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -48,7 +49,7 @@ class Field(NamedTuple):
 
 def start(net: SigmoidBeliefNet, x: Float[Tensor, " B v"]) -> Field:
     """The generative net's own means, passed from the top down."""
-    logits = [wide(net.prior).expand(len(x), -1)]
+    logits = [promote(net.prior).expand(len(x), -1)]
     for level in range(len(net.layers) - 1, 0, -1):
         logits.insert(0, net.inputs(level, torch.sigmoid(logits[0])))
     tilts = [torch.sigmoid(net.inputs(level, torch.sigmoid(m))) for level, m in enumerate(logits)]
@@ -58,7 +59,7 @@ def start(net: SigmoidBeliefNet, x: Float[Tensor, " B v"]) -> Field:
 def bound(net: SigmoidBeliefNet, x: Float[Tensor, " B v"], field: Field) -> Float[Tensor, " B"]:
     """The lower bound of log p(x), differentiable in the net's parameters."""
     means = field.means(x)
-    total = log_bernoulli(means[-1], wide(net.prior))
+    total = log_bernoulli(means[-1], promote(net.prior))
     for level, (m, tilt) in enumerate(zip(field.logits, field.tilts, strict=True)):
         weight, bias = net.affine(level)
         inputs = means[level + 1] @ weight.T + bias
@@ -93,7 +94,7 @@ def sweep(net: SigmoidBeliefNet, x: Float[Tensor, " B v"], field: Field) -> Fiel
         weight, bias = net.affine(level)
         child = x if level == 0 else torch.sigmoid(logits[level - 1])
         top = level == len(logits) - 1
-        own = wide(net.prior).expand_as(m) if top else net.inputs(level + 1, torch.sigmoid(logits[level + 1]))
+        own = promote(net.prior).expand_as(m) if top else net.inputs(level + 1, torch.sigmoid(logits[level + 1]))
         _update_means(weight, bias, child, tilts[level], m, own)
         tilts[level] = _update_tilts(weight, bias, m, tilts[level])
     return Field(logits, tilts)

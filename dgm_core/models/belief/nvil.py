@@ -37,13 +37,14 @@ from torch import Tensor, nn
 from dgm_core.config import Optimizer, Recipe
 from dgm_core.contract import Batch, Clock, DataSpec, Loss, Turn
 from dgm_core.models.belief.base import Layered, RecognisedBeliefNet
-from dgm_core.nn.belief import log_bernoulli, wide
+from dgm_core.nn.belief import log_bernoulli
 from dgm_core.nn.running import RunningMoments
 from dgm_core.objectives.control_variate import coefficient, control_variate
 from dgm_core.objectives.iwae import iwae
 from dgm_core.objectives.nvil import nvil
 from dgm_core.objectives.score_function import learning_signals, with_value
 from dgm_core.objectives.vimco import vimco
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -132,7 +133,7 @@ class NVIL(RecognisedBeliefNet):
         baselines = torch.zeros_like(signals)
         if self.config.baseline:
             inputs = [states[0] - self.recognition.mean, *states[1:]]
-            values = [wide(net(h.to(self.dtype))) for net, h in zip(self.baselines, inputs, strict=False)]
+            values = [promote(net(h.to(self.dtype))) for net, h in zip(self.baselines, inputs, strict=False)]
             baselines = torch.cat(torch.broadcast_tensors(*values, signals[..., :1])[:-1], -1)
         residuals = signals - baselines.detach()
         mean, variance = self.moments.mean[:, 0], self.moments.covariance[:, 0, 0]

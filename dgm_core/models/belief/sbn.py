@@ -38,8 +38,8 @@ from dgm_core.config import Optimizer, Recipe
 from dgm_core.contract import Batch, Clock, DataSpec, Loss
 from dgm_core.models.belief import mean_field
 from dgm_core.models.belief.base import MEMORY, BeliefNet, Layered
-from dgm_core.nn.belief import full_precision
 from dgm_core.nn.rbm import draw_bernoulli
+from dgm_core.precision import full_precision
 
 if TYPE_CHECKING:
     from jaxtyping import Float

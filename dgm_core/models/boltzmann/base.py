@@ -18,6 +18,7 @@ from dgm_core.capabilities import HasEnergy, HasLikelihood
 from dgm_core.config import Strict
 from dgm_core.contract import Batch, DataMismatch, DataSpec, GenerativeModel
 from dgm_core.nn.rbm import ENUMERABLE, AnnealedLayer, BernoulliLayer
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -188,10 +189,5 @@ def same(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:
 
 def two_valued(h: Float[Tensor, " *B n"], logits: Float[Tensor, " *B n"]) -> Float[Tensor, " *B"]:
     """Σ_i log p(h_i) with p(h_i = 1) = σ(logits_i), at least in fp32."""
-    z = wide(logits)
+    z = promote(logits)
     return (h * z - nn.functional.softplus(z)).sum(-1)
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least fp32: half precision is for the products."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -49,10 +49,11 @@ from dgm_core import distributed
 from dgm_core.capabilities import HasCompletion
 from dgm_core.config import Optimizer, Recipe
 from dgm_core.contract import Batch, Clock, DataSpec, Loss, Turn
-from dgm_core.models.boltzmann.base import DeepMachine, HiddenSizes, Layered, same, two_valued, wide
+from dgm_core.models.boltzmann.base import DeepMachine, HiddenSizes, Layered, same, two_valued
 from dgm_core.models.boltzmann.doubled import DoubledRBM
 from dgm_core.nn.rbm import BernoulliLayer, draw_bernoulli
 from dgm_core.objectives.contrastive import contrast, run_chain
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -186,11 +187,11 @@ class DBM(DeepMachine, HasCompletion):
 
     def energy(self, states: Sequence[Float[Tensor, " B n"]]) -> Float[Tensor, " B"]:
         """E(x, h¹, …, h^L), linear in each layer's states, or means."""
-        total = states[0].new_zeros((), dtype=wide(states[0]).dtype)
+        total = states[0].new_zeros((), dtype=promote(states[0]).dtype)
         for level, state in enumerate(states):
             field = self.bias(level)
             if level < len(self.layers):
-                field = field + wide(states[level + 1] @ self.layer(level).weight.T)
+                field = field + promote(states[level + 1] @ self.layer(level).weight.T)
             total = total - (state * field).sum(1)
         return total
 
@@ -286,7 +287,7 @@ class DBM(DeepMachine, HasCompletion):
     def bound(self, v: Float[Tensor, " B v"]) -> Float[Tensor, " B"]:
         """−E(x, μ) + H(q), with nothing drawn."""
         means = self.mean_field(v, SWEEPS, TOLERANCE)
-        entropy = [(torch.special.entr(wide(m)) + torch.special.entr(1 - wide(m))).sum(1) for m in means]
+        entropy = [(torch.special.entr(promote(m)) + torch.special.entr(1 - promote(m))).sum(1) for m in means]
         return torch.stack(entropy).sum(0) - self.energy([v, *means])
 
     def log_weights(self, v: Float[Tensor, " B v"], count: int) -> Float[Tensor, " B count"]:
@@ -295,11 +296,11 @@ class DBM(DeepMachine, HasCompletion):
         logits = [z.repeat_interleave(count, 0) for z in logits]
         odd = [draw_bernoulli(z) for z in logits]
         seen, *hidden = self._even_inputs(odd)
-        total = (v.repeat_interleave(count, 0) * wide(seen)).sum(1)
+        total = (v.repeat_interleave(count, 0) * promote(seen)).sum(1)
         for z in hidden:
-            total = total + F.softplus(wide(z)).sum(1)
+            total = total + F.softplus(promote(z)).sum(1)
         for i, (h, z) in enumerate(zip(odd, logits, strict=True)):
-            total = total + wide(h @ self.bias(2 * i + 1)) - two_valued(h, z)
+            total = total + promote(h @ self.bias(2 * i + 1)) - two_valued(h, z)
         return total.view(-1, count)
 
     # Sampling.

@@ -42,9 +42,10 @@ from torch import Tensor, nn
 
 from dgm_core.config import Optimizer, Recipe
 from dgm_core.contract import Batch, Clock, DataSpec, Loss, Turn
-from dgm_core.models.boltzmann.base import DeepMachine, HiddenSizes, Layered, two_valued, wide
+from dgm_core.models.boltzmann.base import DeepMachine, HiddenSizes, Layered, two_valued
 from dgm_core.nn.rbm import BernoulliLayer, draw_bernoulli
 from dgm_core.objectives.contrastive import contrast, run_chain
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -208,7 +209,7 @@ class DBN(DeepMachine):
     def bound(self, v: Float[Tensor, " B v"]) -> Float[Tensor, " B"]:
         """One draw of q."""
         states = self.recognise(v, self._stacked)
-        total = -wide(self.machine.free_energy(states[-1]))
+        total = -promote(self.machine.free_energy(states[-1]))
         for level in range(self._stacked):
             below, above = states[level], states[level + 1]
             total = total + self.log_p(level, below, above) - self.log_q(level, below, above)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dgm_core.models.boltzmann.base import wide
 from dgm_core.nn.rbm import BernoulliLayer, draw_bernoulli
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -52,7 +52,7 @@ class DoubledRBM(NamedTuple):
 
     def free_energy(self, s: Float[Tensor, " B n"]) -> Float[Tensor, " B"]:
         """−log Σ_t exp(−E(s, t)) over all copies' states."""
-        return -wide(s @ self.layer.visible_bias) - self.above * F.softplus(wide(self.upward(s))).sum(1)
+        return -promote(s @ self.layer.visible_bias) - self.above * F.softplus(promote(self.upward(s))).sum(1)
 
     @torch.no_grad()
     def gibbs(self, s: Float[Tensor, " B n"]) -> Float[Tensor, " B n"]:

@@ -28,7 +28,6 @@ from dgm_core.bijections import (
     Standardize,
     UniformDequantizer,
     no_log_det,
-    promote,
 )
 from dgm_core.capabilities import HasDecoder, HasInverse, HasLikelihood, HasReparametrizedSample
 from dgm_core.config import Strict
@@ -36,6 +35,8 @@ from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeMo
 from dgm_core.data import densities
 from dgm_core.distributions.latent_base import Base, StandardNormal
 from dgm_core.nn.norm import channel_moments, settle
+from dgm_core.objectives.elbo import inverse_temperature
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -53,6 +54,7 @@ class FlowModel(GenerativeModel, HasLikelihood, HasDecoder, HasInverse, HasRepar
             channel of an image at a time.
         conditional: model p(x | y): bijections and base get the one-hot label as their context.
         objective: maximum likelihood of the data, or reverse KL to the density that the data set is known to have.
+        anneal: share of training in which that density's energy is annealed.
     """
 
     flow: Bijection
@@ -66,6 +68,7 @@ class FlowModel(GenerativeModel, HasLikelihood, HasDecoder, HasInverse, HasRepar
         standardize: bool = True,
         conditional: bool = False,
         objective: Objective = "likelihood",
+        anneal: float = 0.0,
     ) -> None:
         super().__init__(config, data)
         name = type(self).__name__
@@ -80,7 +83,7 @@ class FlowModel(GenerativeModel, HasLikelihood, HasDecoder, HasInverse, HasRepar
             raise DataMismatch("conditional: true needs classes, and the data has none; set conditional: false")
         self.target = None if objective == "likelihood" else _target(name, data)
         self.exact = data.levels is None
-        self.conditional = conditional
+        self.conditional, self.anneal = conditional, anneal
         self.standardize = standardize and data.levels is None and self.target is None
         self.to_real: Bijection = Standardize(data.shape[0]) if data.levels is None else ScaledLogit(data.levels, alpha)
         self.dequantizer: Dequantizer = UniformDequantizer()
@@ -102,8 +105,8 @@ class FlowModel(GenerativeModel, HasLikelihood, HasDecoder, HasInverse, HasRepar
         return 0.0
 
     def inverse_temperature(self, clock: Clock) -> float:
-        """β of the annealed energy βU in reverse KL."""
-        return 1.0
+        """β of the annealed energy βU in reverse KL (eq. 20), on the clock's own scale."""
+        return inverse_temperature(clock.progress, self.anneal)
 
     def after(self, turn: str, clock: Clock) -> None:
         settle(self)

@@ -55,14 +55,13 @@ from dgm_core.bijections import (
     SplitPrior,
     Squeeze,
     VariationalDequantizer,
-    full_precision,
-    promote,
     starting,
 )
 from dgm_core.config import Optimizer, Recipe, Strict
 from dgm_core.contract import Batch, DataMismatch, DataSpec
 from dgm_core.models.flow.base import FlowModel
 from dgm_core.nn.norm import batch_moments
+from dgm_core.precision import full_precision, promote
 from dgm_core.shapes import sum_event
 
 if TYPE_CHECKING:

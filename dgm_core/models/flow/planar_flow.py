@@ -22,7 +22,7 @@ from pydantic import Field
 
 from dgm_core.bijections import Chain, DiagonalAffine, Invert, Planar
 from dgm_core.config import Optimizer, Recipe, Strict
-from dgm_core.contract import Clock, DataSpec
+from dgm_core.contract import DataSpec
 from dgm_core.models.flow.base import FlowModel
 
 
@@ -47,10 +47,6 @@ class PlanarFlow(FlowModel):
         return cls.Config(depth=16), Recipe(batch_size=128, steps=600, optimizers={"model": adam})
 
     def __init__(self, config: Config, data: DataSpec) -> None:
-        super().__init__(config, data, objective="reverse_kl")
+        super().__init__(config, data, objective="reverse_kl", anneal=config.anneal)
         planar = Planar(data.dims, config.depth, spread=config.spread)
         self.flow = Chain(Invert(planar), DiagonalAffine(data.dims))
-
-    def inverse_temperature(self, clock: Clock) -> float:
-        """β_t of eq. 20, on the clock's own scale."""
-        return min(1.0, 0.01 + clock.progress / self.config.anneal) if self.config.anneal else 1.0

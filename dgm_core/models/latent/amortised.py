@@ -29,9 +29,10 @@ from dgm_core.distributions.categorical import Categorical
 from dgm_core.distributions.discretised_logistic import DiscretisedLogistic
 from dgm_core.distributions.flow_posterior import Draws, FlowPosterior
 from dgm_core.distributions.gaussian import Gaussian, kl_to_standard_normal, log_normal
-from dgm_core.distributions.observation import Observation, promote, to_network
+from dgm_core.distributions.observation import Observation, to_network
 from dgm_core.nn.encoders import Activation, ConvDecoder, ConvEncoder, dense
 from dgm_core.objectives.elbo import elbo
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -5,9 +5,10 @@ Algorithm 1 of Razavi et al. 2019 with any number of levels; one level is van de
 
     MSE(x, x̂) + Σ_levels [ β mean (z − sg[e])²  +  mean (sg[z] − e)² ]     (2017: eq. 3; 2019: eq. 2)
 
-with the last term where the codebook is not learnt by moving averages. The papers' log p(x | z) is a Gaussian of fixed
-variance, hence the MSE. Each term is a mean over coordinates, not a sum, as in the authors' code: pixels in units in
-which the levels span [−1, 1] (real-valued data as it is), features in the codebook's own units. It is not in nats.
+with the last term where the codebook is not learnt by moving averages. The papers' log p(x | z) of images is a Gaussian
+of fixed variance, hence the MSE. Each term is a mean over coordinates, not a sum, as in the authors' code: pixels in
+units in which the levels span [−1, 1] (real-valued data as it is), features in the codebook's own units. It is not in
+nats. A concrete model may have another p(x | z), and sequences for images.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,8 +27,9 @@ from dgm_core import distributed
 from dgm_core.capabilities import HasCodes
 from dgm_core.config import Strict
 from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss
-from dgm_core.distributions.observation import from_network, promote, to_network, to_stored
+from dgm_core.distributions.observation import from_network, to_network, to_stored
 from dgm_core.nn.quantiser import CANDIDATES, Estimator, Quantised, VectorQuantiser, pick_rows
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -36,7 +38,7 @@ ROWS_PER_CODE = 64  # that the k-means start looks at
 
 
 class CodebookConfig(Strict):
-    """What both papers let one choose of the codes."""
+    """What the papers let one choose of the codes."""
 
     codes: int = Field(default=512, ge=2, description="K, the size of each level's codebook")
     code_features: int = Field(default=64, ge=1, description="D, the length of a code's vector")
@@ -52,12 +54,17 @@ class CodebookConfig(Strict):
         description="a code used less than this multiple of its fair share 1/K starts anew; 0: never",
     )
     hidden: int = Field(default=128, ge=2, description="channels of the convolutions")
-    residual: int = Field(default=64, ge=1, description="channels within a residual block")
-    depth: int = Field(default=2, ge=0, description="residual blocks in each stack")
     downsample: int = Field(
-        default=4, ge=2, description="how much smaller than the image the finest grid is, a power of two"
+        default=4, ge=2, description="how much smaller than the data the finest grid is, a power of two"
     )
     conditional: bool = Field(default=False, description="tell the decoder the class")
+
+
+class ResidualConfig(CodebookConfig):
+    """What the papers on images let one choose besides."""
+
+    residual: int = Field(default=64, ge=1, description="channels within a residual block")
+    depth: int = Field(default=2, ge=0, description="residual blocks in each stack")
 
 
 def halvings(downsample: int) -> int:
@@ -73,21 +80,23 @@ def level_names(count: int) -> tuple[str, ...]:
     return ("top", *middles, "bottom")
 
 
-class QuantisedAutoencoder(GenerativeModel, HasCodes):
-    """Abstract: a concrete model builds its networks and fills in `features`, `project`, `merge` and `render`.
+class QuantisedModel(GenerativeModel, HasCodes):
+    """Abstract: all but the networks and p(x | z).
 
-    `state_channels` is S, the size of what `merge` makes of all levels' codes.
+    `features`, `project` and `merge` make codes of the data and a state of the codes, `misfit` and `decode_state` say
+    what the state makes of the data. `label_features` is the size of what `labelled` adds the label to.
     """
 
     config: CodebookConfig
+    kind: ClassVar[Literal["image", "audio"]]  # of the data that it models
 
-    def __init__(self, config: CodebookConfig, data: DataSpec, levels: int, state_channels: int) -> None:
+    def __init__(self, config: CodebookConfig, data: DataSpec, levels: int, label_features: int) -> None:
         super().__init__(config, data)
         self.names = level_names(levels)
         self.grids = self._fit_grids(levels)
         if config.conditional and not data.classes:
             raise DataMismatch("conditional: true needs classes, and the data has none; set conditional: false")
-        self.label = nn.Embedding(data.classes, state_channels) if config.conditional else None
+        self.label = nn.Embedding(data.classes, label_features) if config.conditional else None
         self.quantisers = nn.ModuleDict(
             {
                 name: VectorQuantiser(
@@ -102,53 +111,61 @@ class QuantisedAutoencoder(GenerativeModel, HasCodes):
             }
         )
 
-    def _fit_grids(self, levels: int) -> dict[str, tuple[int, int]]:
-        """Level -> (H, W) of its codes."""
+    def _fit_grids(self, levels: int) -> dict[str, tuple[int, ...]]:
+        """Level -> (H, W) of its codes, or (T,)."""
         name, down = type(self).__name__, self.config.downsample
-        if self.data.kind != "image":
-            raise DataMismatch(f"{name} models images; this is of kind {self.data.kind!r} and shape {self.data.shape}")
+        what = {"image": "images", "audio": "audio clips"}[self.kind]
+        if self.data.kind != self.kind:
+            raise DataMismatch(f"{name} models {what}; this is of kind {self.data.kind!r} and shape {self.data.shape}")
         if down & (down - 1):
             raise DataMismatch(f"downsample {down} is not accepted: a power of two, from 2 on")
         factor = down * 2 ** (levels - 1)
-        size = self.data.shape[1:]
+        size = self.data.shape[-2:] if self.kind == "image" else self.data.shape
         if any(n % factor for n in size):
             below = " × ".join(str(max(1, n // factor) * factor) for n in size)
             above = " × ".join(str(-(-n // factor) * factor) for n in size)
             raise DataMismatch(
-                f"images of {size[0]} × {size[1]} do not divide by {factor} (downsample {down}, {levels} "
+                f"{what} of {' × '.join(map(str, size))} do not divide by {factor} (downsample {down}, {levels} "
                 f"level{'s' * (levels > 1)}); the nearest sizes that do are {below} and {above}. Pad the data set to "
-                f"one of them (variant `pad`), or choose another downsample or number of levels."
+                f"one of them ({'variant `pad`' if self.kind == 'image' else 'its `length`'}), or choose another "
+                "downsample or number of levels."
             )
         steps = {level: down * 2 ** (levels - 1 - i) for i, level in enumerate(self.names)}
-        return {level: (size[0] // step, size[1] // step) for level, step in steps.items()}
+        return {level: tuple(n // step for n in size) for level, step in steps.items()}
 
     @abstractmethod
-    def features(self, x: Float[Tensor, " B C H W"]) -> Sequence[Float[Tensor, " B hidden h w"]]:
-        """What the encoder makes of the image (levels spread over [−1, 1]), a level each, coarsest first."""
+    def features(self, x: Float[Tensor, " B *shape"]) -> Sequence[Float[Tensor, " B hidden *grid"]]:
+        """What the encoder makes of the data (levels spread over [−1, 1]), a level each, coarsest first."""
 
     @abstractmethod
     def project(
-        self, level: int, features: Float[Tensor, " B hidden h w"], state: Tensor | None
-    ) -> Float[Tensor, " B D h w"]:
+        self, level: int, features: Float[Tensor, " B hidden *grid"], state: Tensor | None
+    ) -> Float[Tensor, " B D *grid"]:
         """The vectors to quantise, given the coarser levels' state."""
 
     @abstractmethod
-    def merge(self, level: int, state: Tensor | None, e: Float[Tensor, " B D h w"]) -> Float[Tensor, " B S h w"]:
+    def merge(self, level: int, state: Tensor | None, e: Float[Tensor, " B D *grid"]) -> Float[Tensor, " B S *grid"]:
         """The state at this level's size: the coarser levels' and this level's codes."""
 
     @abstractmethod
-    def render(self, state: Float[Tensor, " B S h w"]) -> Float[Tensor, " B C H W"]:
-        """The image, in the encoder's units."""
+    def misfit(
+        self, batch: Batch, x: Float[Tensor, " B *shape"], state: Float[Tensor, " B S *grid"]
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """−log p(x | z), a mean over coordinates, in whatever units; and what to record. `x` is as the encoder's."""
+
+    @abstractmethod
+    def decode_state(self, state: Float[Tensor, " B S *grid"], y: Tensor | None) -> Float[Tensor, " B *shape"]:
+        """The data, float, in data units."""
 
     def loss(self, batch: Batch, turn: str, clock: Clock) -> Loss:
         x = to_network(batch.x, self.data, self.dtype)
         state, levels = self._encode(x, observe=self.training)
-        mse = F.mse_loss(promote(self._decode(state, batch.y)), promote(x))
+        misfit, metrics = self.misfit(batch, x, state)
         commitment = torch.stack([q.commitment for q in levels.values()]).sum()
-        value = mse + self.config.beta * commitment
+        value = misfit + self.config.beta * commitment
         if self.config.codebook == "loss":
             value = value + torch.stack([q.codebook for q in levels.values()]).sum()
-        metrics = {"mse": mse.detach(), "commitment": commitment.detach()}
+        metrics = {**metrics, "commitment": commitment.detach()}
         for name in self.names:  # of the last play's whole batch, all ranks and microbatches
             metrics[f"perplexity/{name}"] = self.quantiser(name).perplexity.clone()
             metrics[f"usage/{name}"] = self.quantiser(name).used.clone()
@@ -163,8 +180,8 @@ class QuantisedAutoencoder(GenerativeModel, HasCodes):
         """Start the codebooks by k-means, a level at a time: a level is seen through the coarser ones' new codes."""
         if self.config.start != "kmeans":
             return
-        per_image = min(CANDIDATES, *(h * w for h, w in self.grids.values()))
-        kept = spread(batches, -(-ROWS_PER_CODE * self.config.codes // per_image))
+        per_example = min(CANDIDATES, *(math.prod(grid) for grid in self.grids.values()))
+        kept = spread(batches, -(-ROWS_PER_CODE * self.config.codes // per_example))
         if not kept:
             raise DataMismatch("no example reached this rank: give at least one training example a worker")
         for i, name in enumerate(self.names):
@@ -190,7 +207,7 @@ class QuantisedAutoencoder(GenerativeModel, HasCodes):
             for i, name in enumerate(self.names)
         }
 
-    def codes(self, x: Tensor, y: Tensor | None = None) -> dict[str, Int[Tensor, " B h w"]]:
+    def codes(self, x: Tensor, y: Tensor | None = None) -> dict[str, Int[Tensor, " B *grid"]]:
         """Level -> codes, stored as their specs say. The label is not needed."""
         _, levels = self._encode(to_network(x, self.data, self.dtype))
         specs = self.code_specs()
@@ -198,28 +215,27 @@ class QuantisedAutoencoder(GenerativeModel, HasCodes):
 
     def decode_codes(
         self, codes: Mapping[str, Tensor], y: Tensor | None = None, context: Mapping[str, Tensor] = {}
-    ) -> Float[Tensor, " B C H W"]:
-        """The mean given all levels' codes, float, in data units."""
-        state: Tensor | None = None
-        for i, name in enumerate(self.names):
-            state = self.merge(i, state, self.quantiser(name).look_up(codes[name]))
-        assert state is not None
-        return from_network(self._decode(state, y), self.data)
+    ) -> Float[Tensor, " B *shape"]:
+        """What `decode_state` makes of all levels' codes, float, in data units."""
+        return self.decode_state(self._merged(codes), y)
 
     def sample(self, n: int, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Tensor:
         """Decode codes drawn independently from each level's recent use: the baseline that a prior has to beat."""
         y = self.labels_for(n, y) if self.config.conditional else None
-        codes = {
-            name: torch.multinomial(self.quantiser(name).usage, n * h * w, replacement=True).view(n, h, w)
-            for name, (h, w) in self.grids.items()
+        return to_stored(self.decode_codes(self.draw_codes(n), y), self.data)
+
+    def draw_codes(self, n: int) -> dict[str, Int[Tensor, " n *grid"]]:
+        """Level -> codes drawn independently from its recent use."""
+        return {
+            name: torch.multinomial(self.quantiser(name).usage, n * math.prod(grid), replacement=True).view(n, *grid)
+            for name, grid in self.grids.items()
         }
-        return to_stored(self.decode_codes(codes, y), self.data)
 
     @property
     def reduction(self) -> float:
-        """Bits of an image over bits of its codes (a real number counting 32)."""
+        """Bits of an example over bits of its codes (a real number counting 32)."""
         bits = 32.0 if self.data.levels is None else math.log2(self.data.levels)
-        positions = sum(h * w for h, w in self.grids.values())
+        positions = sum(math.prod(grid) for grid in self.grids.values())
         return self.data.dims * bits / (positions * math.log2(self.config.codes))
 
     @property
@@ -231,7 +247,22 @@ class QuantisedAutoencoder(GenerativeModel, HasCodes):
         assert isinstance(quantiser, VectorQuantiser)
         return quantiser
 
-    def _encode(self, x: Float[Tensor, " B C H W"], observe: bool = False) -> tuple[Tensor, dict[str, Quantised]]:
+    def labelled(self, h: Float[Tensor, " B features *grid"], y: Tensor | None) -> Float[Tensor, " B features *grid"]:
+        """`h` with the label's features added everywhere, if the model is conditional."""
+        if self.label is None:
+            return h
+        if y is None:
+            raise DataMismatch(f"{type(self).__name__} is class-conditional: give y, one label an example")
+        return h + self.label(y.to(h.device).long()).unflatten(1, (-1, *(1,) * (h.ndim - 2)))
+
+    def _merged(self, codes: Mapping[str, Tensor]) -> Float[Tensor, " B S *grid"]:
+        state: Tensor | None = None
+        for i, name in enumerate(self.names):
+            state = self.merge(i, state, self.quantiser(name).look_up(codes[name]))
+        assert state is not None
+        return state
+
+    def _encode(self, x: Float[Tensor, " B *shape"], observe: bool = False) -> tuple[Tensor, dict[str, Quantised]]:
         state: Tensor | None = None
         levels = {}
         for i, (name, h) in enumerate(zip(self.names, self.features(x), strict=True)):
@@ -240,19 +271,35 @@ class QuantisedAutoencoder(GenerativeModel, HasCodes):
         assert state is not None
         return state, levels
 
-    def _project_level(self, x: Float[Tensor, " B C H W"], level: int) -> Float[Tensor, " B D h w"]:
+    def _project_level(self, x: Float[Tensor, " B *shape"], level: int) -> Float[Tensor, " B D *grid"]:
         state: Tensor | None = None
         h = self.features(x)
         for i, name in enumerate(self.names[:level]):
             state = self.merge(i, state, self.quantiser(name)(self.project(i, h[i], state)).value)
         return self.project(level, h[level], state)
 
-    def _decode(self, state: Float[Tensor, " B S h w"], y: Tensor | None) -> Float[Tensor, " B C H W"]:
-        if self.label is not None:
-            if y is None:
-                raise DataMismatch(f"{type(self).__name__} is class-conditional: give y, one label an example")
-            state = state + self.label(y.to(state.device))[:, :, None, None]
-        return self.render(state)
+
+class QuantisedAutoencoder(QuantisedModel):
+    """Abstract, of images: a Gaussian of fixed variance around what `render` makes of the state, S = `label_features`.
+
+    A concrete model builds its networks and fills in `features`, `project`, `merge` and `render`.
+    """
+
+    kind = "image"
+
+    @abstractmethod
+    def render(self, state: Float[Tensor, " B S h w"]) -> Float[Tensor, " B C H W"]:
+        """The image, in the encoder's units."""
+
+    def misfit(
+        self, batch: Batch, x: Float[Tensor, " B C H W"], state: Float[Tensor, " B S h w"]
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        mse = F.mse_loss(promote(self.render(self.labelled(state, batch.y))), promote(x))
+        return mse, {"mse": mse.detach()}
+
+    def decode_state(self, state: Float[Tensor, " B S h w"], y: Tensor | None) -> Float[Tensor, " B C H W"]:
+        """The mean."""
+        return from_network(self.render(self.labelled(state, y)), self.data)
 
 
 def spread(batches: Iterator[Batch], examples: int) -> list[Batch]:

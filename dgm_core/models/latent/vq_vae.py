@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dgm_core.config import Optimizer, Recipe
 from dgm_core.contract import DataSpec
-from dgm_core.models.latent.base import CodebookConfig, QuantisedAutoencoder, halvings
+from dgm_core.models.latent.base import QuantisedAutoencoder, ResidualConfig, halvings
 from dgm_core.nn.residual import strided_decoder, strided_encoder
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class VQVAE(QuantisedAutoencoder):
     """One grid of codes."""
 
-    class Config(CodebookConfig):
+    class Config(ResidualConfig):
         pass
 
     config: Config  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -54,7 +54,7 @@ class VQVAE(QuantisedAutoencoder):
 
     def __init__(self, config: Config, data: DataSpec) -> None:
         D = config.code_features
-        super().__init__(config, data, levels=1, state_channels=D)
+        super().__init__(config, data, levels=1, label_features=D)
         image, times, c = data.shape[0], halvings(config.downsample), config
         self.encoder = strided_encoder(image, c.hidden, c.residual, c.depth, times, narrow=c.hidden)
         self.to_code = nn.Conv2d(c.hidden, D, 1)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dgm_core.config import Optimizer, Recipe
 from dgm_core.contract import DataSpec
-from dgm_core.models.latent.base import CodebookConfig, QuantisedAutoencoder, halvings
+from dgm_core.models.latent.base import QuantisedAutoencoder, ResidualConfig, halvings
 from dgm_core.nn.residual import strided_decoder, strided_encoder
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class VQVAE2(QuantisedAutoencoder):
     """Grids of codes, each twice as fine as the one above."""
 
-    class Config(CodebookConfig):
+    class Config(ResidualConfig):
         levels: int = Field(default=2, ge=1, description="grids of codes")
 
     config: Config  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -68,7 +68,7 @@ class VQVAE2(QuantisedAutoencoder):
 
     def __init__(self, config: Config, data: DataSpec) -> None:
         n, D, image = config.levels, config.code_features, data.shape[0]
-        super().__init__(config, data, levels=n, state_channels=n * D)
+        super().__init__(config, data, levels=n, label_features=n * D)
         hidden, residual, depth = config.hidden, config.residual, config.depth
         times, narrow = halvings(config.downsample), max(1, hidden // 2)
         self.encoders = nn.ModuleList(  # finest first: each feeds the next

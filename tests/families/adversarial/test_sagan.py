@@ -97,7 +97,7 @@ def test_conditional_batch_norm_by_formula_per_class() -> None:
 
 def test_projection_is_by_formula() -> None:
     torch.manual_seed(0)
-    network = ProjectionDiscriminator(nn.Sequential(), 5, 3).double()
+    network = ProjectionDiscriminator([], 5, 3, lambda network: None).double()
     x = torch.randn(6, 5, 2, 2, dtype=torch.float64)
     phi = x.clamp_min(0).sum((2, 3))
     w, b, e = network.score.weight[0], network.score.bias[0], network.classes.weight
@@ -231,7 +231,7 @@ def test_128_pixels_are_the_authors_networks() -> None:
     assert generator.grid == (1024, 4, 4)
     ups = [(b.conv1.in_channels, b.conv1.out_channels, b.size[0]) for b in generator.blocks]  # type: ignore[union-attr, index]
     assert ups == [(1024, 1024, 8), (1024, 512, 16), (512, 256, 32), (256, 128, 64), (128, 64, 128)]
-    assert generator.after == 3
+    assert generator.attended == 3
     assert generator.attention is not None
     assert generator.attention.v.out_channels == 256
     layers: list[object] = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
+from dgm_core.capabilities import HasLikelihood
 from dgm_core.contract import DataSpec
 from dgm_core.distributions.flow_posterior import Draws, FlowPosterior
 from dgm_core.models.latent.amortised import AmortisedModel
@@ -70,7 +71,7 @@ def know_the_posterior(model: AmortisedModel, gain: float = 1.0) -> Multivariate
 
 
 @torch.no_grad()
-def estimates(model: AmortisedModel, x: Tensor, counts: tuple[int, ...], repeats: int) -> list[tuple[float, float]]:
+def estimates(model: HasLikelihood, x: Tensor, counts: tuple[int, ...], repeats: int) -> list[tuple[float, float]]:
     """Of each K: the importance-weighted bound's mean over examples and its standard error over repeats."""
     found = []
     for K in counts:
@@ -79,7 +80,7 @@ def estimates(model: AmortisedModel, x: Tensor, counts: tuple[int, ...], repeats
     return found
 
 
-def rises_to(model: AmortisedModel, x: Tensor, truth: float) -> None:
+def rises_to(model: HasLikelihood, x: Tensor, truth: float) -> None:
     """The importance-weighted bound rises with K, from below the exact value up to it."""
     found = estimates(model, x, (1, 10, 100, 1000), 20)
     for (lower, low_error), (higher, high_error) in pairwise(found):
