@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
-from collections.abc import Mapping
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.two_nodes import pair, yaml
-from pipelines.cluster import run_job
-from pipelines.connect import connected
-from pipelines.params import Cluster
-from pipelines.parts import map_parts
 from pipelines.smoke import shrink
-from pipelines.worker import Worker
-from pipelines.writer import Writer
 from tests.nodes import nodes
 from tests.support import ROOT
 
@@ -41,25 +36,35 @@ def test_the_graph_on_two_nodes_with_an_object_store_between_them(tmp_path: Path
 
 
 CODE = [ROOT / "dgm_core", ROOT / "pipelines"]
+DRIVER = """
+import json, sys
+from pipelines.cluster import run_job
+from pipelines.connect import connected
+from pipelines.params import Cluster
+from pipelines.parts import map_parts
+from pipelines.writer import Writer
+
+def where(config, worker):
+    import dgm_core, pipelines
+    return [dgm_core.__file__, pipelines.__file__]
+
+settings = Cluster(storage=sys.argv[1], ship_code=True)
+with connected(settings):
+    found = run_job(where, {}, settings, name="where", on_report=Writer(sys.argv[1] + "/spool"))
+    found += next(iter(map_parts(lambda part: where(part, part), [None], settings, what="where")))
+print(json.dumps(found))
+"""
 
 
 @pytest.mark.skipif(not can_hide(), reason="hiding folders from a process needs the right to mount")
-def test_code_that_is_in_no_image_travels_with_the_job(tmp_path: Path, monkeypatch: Any) -> None:
+def test_code_that_is_in_no_image_travels_with_the_job(tmp_path: Path) -> None:
     """The node's own copy of the code is empty; a job and a mapped part both find what was sent."""
-
-    def where(config: Mapping[str, Any], worker: Worker) -> list[str]:
-        import dgm_core
-        import pipelines
-
-        return [str(dgm_core.__file__), str(pipelines.__file__)]
-
     with nodes(tmp_path / "ray.log") as cluster:
         cluster.add(cpus=1, hidden=CODE)
-        for name, value in cluster.environment.items():
-            monkeypatch.setenv(name, value)
-        settings = Cluster(storage=str(tmp_path), ship_code=True)
-        with connected(settings):
-            found = run_job(where, {}, settings, name="where", on_report=Writer(str(tmp_path / "spool")))
-            found += next(iter(map_parts(lambda part: where(part, part), [None], settings, what="where")))
+        environment = {**cluster.environment, "PYTHONPATH": str(ROOT)}
+        driver = [sys.executable, "-c", DRIVER, str(tmp_path)]
+        done = subprocess.run(driver, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 4
     assert not [file for file in found if Path(file).is_relative_to(ROOT)]
