@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipelines.command import Interrupted, JobFailed
 from pipelines.connect import NO_DASHBOARD
-from pipelines.params import Cluster, Interrupted, JobFailed
+from pipelines.params import Cluster
 from pipelines.placement import drives_itself, free_placement_groups
 from pipelines.storage import Storage
 from pipelines.worker import Entry, Here, Worker

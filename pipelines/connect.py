@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from pipelines.params import Cluster, Usage
+from pipelines.command import Usage
+from pipelines.params import Cluster
 
 PREFLIGHT_SECONDS = 4.0
 JOINING_SECONDS = 3.0

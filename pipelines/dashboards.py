@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.params import load_params, run_main
+from pipelines.command import run_main
+from pipelines.params import load_params
 from pipelines.repro import ray_head
-from pipelines.tracking import store_uri
+from pipelines.tracking_store import store_uri
 
 
 def main(argv: Sequence[str]) -> int:

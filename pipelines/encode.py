@@ -23,8 +23,9 @@ from dgm_core.capabilities import HasCodes
 from dgm_core.contract import Batch, DataSpec
 from dgm_core.data.shards import SPLITS, Dataset, open_dataset, write_dataset
 from pipelines import state
+from pipelines.command import Usage, run_main
 from pipelines.connect import connected
-from pipelines.params import Cluster, Params, Usage, load_params, run_main
+from pipelines.params import Cluster, Params, load_params
 from pipelines.parts import keep_parts
 from pipelines.place import Place
 from pipelines.worker import device

@@ -34,8 +34,9 @@ from dgm_core.evaluation.judge import Judge
 from dgm_core.evaluation.record import EvaluationConfig
 from dgm_core.evaluation.sampling import Drawn, draw_part, goes_by_labels
 from pipelines import state
+from pipelines.command import Usage, run_main
 from pipelines.connect import connected, refuse_early
-from pipelines.params import Params, Usage, load_params, run_main
+from pipelines.params import Params, load_params
 from pipelines.parts import call, keep_parts
 from pipelines.place import Place
 from pipelines.serving import log_model

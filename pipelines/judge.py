@@ -15,8 +15,9 @@ from pathlib import Path
 from dgm_core.data.batches import one_pass
 from dgm_core.data.shards import open_dataset
 from dgm_core.evaluation.judge import fit_judge
+from pipelines.command import Usage, run_main
 from pipelines.connect import connected
-from pipelines.params import JudgeConfig, Usage, load_params, run_main
+from pipelines.params import JudgeConfig, load_params
 from pipelines.parts import call
 from pipelines.place import Place
 from pipelines.worker import device

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import difflib
-import gc
 import os
-import signal
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from dgm_core.config import Recipe, RecipeError, Strict, merge
+from dgm_core.config import Recipe, Strict, merge
 from dgm_core.contract import DataMismatch, DataSpec, GenerativeModel
 from dgm_core.data import sources
 from dgm_core.data.sources.base import Source
 from dgm_core.evaluation.record import EvaluationConfig
 from dgm_core.models import CATALOG
-from dgm_core.runs import RunError, find_model
-from dgm_core.training.checkpoint import CheckpointError
-from dgm_core.training.history import NonFiniteLoss
+from dgm_core.runs import find_model
 from dgm_core.training.trainer import Schedule
-from pipelines.storage import StorageError, check_uri
+from pipelines.command import Usage
+from pipelines.space import Search
+from pipelines.storage import check_uri
 
 EMBEDDED = "dgm_core/data/sources"  # where data that comes with the code comes from: DVC needs a path to watch
 
@@ -37,25 +34,6 @@ def home() -> Path:
         if copy.parts[-3:] == (".dvc", "tmp", "exps"):
             return Path(*copy.parts[:-3])
     return here
-
-
-class Usage(SystemExit):
-    """Something the user gave is not accepted; printed without a traceback, exit code 2."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(2)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class JobFailed(RuntimeError):
-    """A job ended with an error that no restart mends; the message is the worker's own."""
-
-
-class Interrupted(RuntimeError):
-    """A job was asked to stop; it has checkpointed and goes on when it is started again."""
 
 
 class Run(Strict):
@@ -180,71 +158,6 @@ class JudgeConfig(Strict):
 def parse_source(given: Mapping[str, Any]) -> Source:
     """An entry of `datasets:` as a source's configuration."""
     return sources.parse({**given, "path": "" if given.get("path") == EMBEDDED else given.get("path", "")})
-
-
-class Distribution(Strict):
-    """Where a key's values come from, by Ray Tune's name for it; exactly one is given."""
-
-    uniform: tuple[float, float] | None = None
-    loguniform: tuple[float, float] | None = None
-    quniform: tuple[float, float, float] | None = Field(default=None, description="low, high, step")
-    randint: tuple[int, int] | None = Field(default=None, description="low, and high, which is left out")
-    choice: tuple[Any, ...] | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _is_one(self) -> Self:
-        if len(self.model_fields_set) != 1 or None in (getattr(self, name) for name in self.model_fields_set):
-            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}")
-        name, given = self.given
-        if name != "choice" and not given[0] < given[1]:
-            raise ValueError(f"{name}: [{given[0]}, {given[1]}] is empty: give low < high")
-        if name == "loguniform" and given[0] <= 0:
-            raise ValueError(f"loguniform starts above 0; {given[0]} was given")
-        if name == "quniform" and given[2] <= 0:
-            raise ValueError(f"quniform's step is above 0; {given[2]} was given")
-        return self
-
-    @property
-    def given(self) -> tuple[str, tuple[Any, ...]]:
-        """The name and its arguments."""
-        (name,) = self.model_fields_set
-        return name, getattr(self, name)
-
-    def near(self, value: Any) -> Any:
-        """The value, brought into the range."""
-        name, given = self.given
-        if name == "choice":
-            return value
-        if name == "randint":
-            return min(max(round(value), given[0]), given[1] - 1)
-        return float(f"{min(max(value, given[0]), given[1]):.6g}")
-
-
-class Search(Strict):
-    """One entry of `tune:`: a search for better settings of the run of this name."""
-
-    family: str = Field(description="the run's; DVC cannot look it up there")
-    data: str = Field(description="the run's")
-    judge: str = Field(description="the run's")
-    space: dict[str, Distribution] = Field(min_length=1, description="config.… or recipe.… -> where values come from")
-    trials: int = Field(default=8, ge=2, description="the first of them is the default configuration")
-    search: Literal["random", "optuna"] = "random"
-    scheduler: Literal["asha", "none", "pbt"] = "asha"
-    monitor: tuple[str, Literal["min", "max"]] | None = Field(default=None, description="None: the recipe's")
-    steps: int | None = Field(default=None, gt=0, description="rounds of a whole trial; None: the run's")
-    grace: int | None = Field(default=None, gt=0, description="rounds before the first decision; None: steps / 9")
-    reduction: float = Field(default=3.0, gt=1, description="of the trials that meet at a rung, one in so many goes on")
-    seed: int = Field(0, ge=0)
-    minutes: float | None = Field(default=None, gt=0, description="of wall clock, after which trials are stopped")
-
-    @model_validator(mode="after")
-    def _keys_are_of_a_run(self) -> Self:
-        for key in self.space:
-            if key.split(".")[0] not in ("config", "recipe") or key.count(".") == 0:
-                raise ValueError(f"space.{key}: a key starts with config. or recipe., as in recipe.batch_size")
-        if self.scheduler == "pbt" and self.search == "optuna":
-            raise ValueError("search: optuna proposes trials, scheduler: pbt changes them as they run: choose one")
-        return self
 
 
 class Params(Strict):
@@ -399,29 +312,3 @@ def resolve(
     except DataMismatch as error:
         raise Usage(f"runs.{name}: {error}") from None
     return model, config, recipe
-
-
-def run_main(main: Any) -> NoReturn:
-    """Run a stage's `main(argv)`: what the user can mend becomes a readable line on stderr, without a traceback.
-
-    Exit code 2 for what was given, 1 for what went wrong in the run itself. SIGTERM unwinds like an error, so that
-    whatever is open is closed and tracked as failed.
-    """
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (Usage, DataMismatch, RecipeError, RunError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    except (JobFailed, NonFiniteLoss, CheckpointError, StorageError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
-    except Interrupted as stopped:
-        sys.stderr.write(f"{stopped}\n")
-        sys.exit(128 + signal.SIGTERM)
-    finally:
-        gc.freeze()  # else Python looks through all that torch and MLflow imported once more: a second of every stage
-
-
-def _terminate(*_: object) -> NoReturn:
-    sys.exit(128 + signal.SIGTERM)

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dgm_core.runs import replaced_folder
+from pipelines.command import Usage
 from pipelines.mirror import Mirror
-from pipelines.params import Cluster, Usage
+from pipelines.params import Cluster
 from pipelines.storage import Storage, StorageError, file_sha256
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ from typing import Any
 from dgm_core.data.check import check
 from dgm_core.data.prepare import prepare
 from dgm_core.data.sources.base import Map
+from pipelines.command import Usage, run_main
 from pipelines.connect import connected
-from pipelines.params import Params, Usage, load_params, parse_source, run_main
+from pipelines.params import Params, load_params, parse_source
 from pipelines.parts import map_parts
 
 

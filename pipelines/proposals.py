@@ -14,8 +14,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
-from pipelines.params import Distribution
 from pipelines.search import Case, Ledger, Trial, Values, sample
+from pipelines.space import Distribution
 from pipelines.study import Study
 from pipelines.text import number as shown
 from pipelines.tracking import Tracker

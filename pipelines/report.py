@@ -25,13 +25,14 @@ from markupsafe import Markup, escape
 from dgm_core.evaluation import record
 from dgm_core.evaluation.files import write_atomically
 from pipelines import graph
-from pipelines.params import Params, Usage, load_params, run_main
+from pipelines.command import Usage, run_main
+from pipelines.params import Params, load_params
 from pipelines.text import number, words
 from pipelines.tracking import memories
 
 POINTS = 300  # of a curve that are drawn; a longer one is averaged down to as many
 HEADLINES = ("bits_per_dim", "nll_", "elbo_nats", "frechet", "class_agreement", "reconstruction_mse")
-KINDS = {".png": "image/png", ".wav": "audio/wav"}
+KINDS = {".png": "image/png", ".gif": "image/gif", ".wav": "audio/wav"}
 Curve = list[tuple[float, float]]
 
 

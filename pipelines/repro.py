@@ -21,7 +21,8 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.params import Usage, load_params, run_main
+from pipelines.command import Usage, run_main
+from pipelines.params import load_params
 from pipelines.side_by_side import side_by_side
 
 BIN = Path(sys.executable).parent

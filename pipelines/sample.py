@@ -25,7 +25,8 @@ from dgm_core.contract import DataSpec, GenerativeModel
 from dgm_core.data.display import display_of
 from dgm_core.evaluation import drawing
 from dgm_core.evaluation.sounds import wav
-from pipelines.params import Usage, run_main, yaml_load
+from pipelines.command import Usage, run_main
+from pipelines.params import yaml_load
 from pipelines.worker import device
 
 PAUSE = 0.25  # seconds between recordings in one file

@@ -19,7 +19,9 @@ from dgm_core.contract import DataMismatch, DataSpec
 from dgm_core.data.shards import open_dataset
 from dgm_core.evaluation.files import write_atomically
 from pipelines import state
-from pipelines.params import Distribution, Params, Run, Search, Usage, resolve
+from pipelines.command import Usage
+from pipelines.params import Params, Run, resolve
+from pipelines.space import Distribution, Search
 from pipelines.train import check
 
 Mode = Literal["min", "max"]

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from dgm_core.evaluation.drawing import plot
-from pipelines.params import Distribution
 from pipelines.search import Trial, Values
+from pipelines.space import Distribution
 
 ACROSS = 3  # panels
 BLUE, ORANGE, GREY = "#0b5cad", "#c2410c", "#6b7280"

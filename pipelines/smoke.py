@@ -19,7 +19,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipelines.params import run_main
+from pipelines.command import run_main
 from pipelines.repro import BIN
 
 RUNS = ("vqvae", "prior_top", "prior_bottom", "flow")

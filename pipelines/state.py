@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import dgm_core
-from pipelines.params import Cluster, Usage
+from pipelines.command import Usage
+from pipelines.params import Cluster
 from pipelines.storage import Storage
 
 _CORE = Path(dgm_core.__file__).parent

@@ -12,8 +12,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState
 from scipy.stats import spearmanr
 
-from pipelines.params import Distribution
 from pipelines.search import Mode, Trial, Values
+from pipelines.space import Distribution
 
 FEW = 4  # finished trials; a forest of fewer says nothing
 

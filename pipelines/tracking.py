@@ -25,15 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from dgm_core.evaluation.files import write_atomically
+from pipelines.command import Usage, run_main
 from pipelines.leftovers import say_what_is_left, settle
 from pipelines.node_metrics import Sampler, step_at
-from pipelines.params import Tracking, Usage, home, load_params, run_main
+from pipelines.params import Tracking, home, load_params
 from pipelines.sender import Sender
 from pipelines.spool import Spool, folders, lock
-from pipelines.tracking_store import check, first_use, hide, masked, store_uri
+from pipelines.tracking_store import connect, hide, masked, unusable
 from pipelines.writer import Writer
-
-__all__ = ["Tracker", "flush", "spool_root", "store_uri"]
 
 log = logging.getLogger(__name__)
 
@@ -43,35 +42,6 @@ OPENING_SECONDS = 5.0
 def spool_root() -> Path:
     """`DGM_SPOOL`, else the project's `.dgm/spool`: a folder on this machine's disk that outlives the stage."""
     return home() / (os.environ.get("DGM_SPOOL") or ".dgm/spool")
-
-
-def connect(settings: Tracking) -> tuple[str, Any]:
-    """The store's URI and a client for it, after it answered.
-
-    Raises:
-        Usage: it does not, within 10 s.
-    """
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    for name, level in (("mlflow", logging.ERROR), ("alembic", logging.ERROR), ("urllib3", logging.ERROR),
-                        ("mlflow.store.db.utils", logging.CRITICAL)):  # fmt: skip
-        logging.getLogger(name).setLevel(level)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # trying again is the sender's business
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    uri = store_uri(settings)
-    check(uri, settings.experiment)
-    try:
-        with first_use(uri):
-            client = MlflowClient(tracking_uri=uri)
-            client.get_experiment_by_name(settings.experiment)
-    except MlflowException as error:
-        raise _unusable(uri, error) from None
-    return uri, client
-
-
-def _unusable(uri: str, error: Any) -> Usage:
-    return Usage(f"the tracking store {masked(uri)} cannot be used: {hide(error.message.splitlines()[0], uri)}")
 
 
 def memories(state: Path, name: str) -> list[Path]:
@@ -103,7 +73,7 @@ class Tracker:
         try:
             self.experiment = self._experiment()
         except MlflowException as error:
-            raise _unusable(self.uri, error) from None
+            raise unusable(self.uri, error) from None
         self.run_id = ""
         self.status: str | None = None  # what the run ends as; None: FINISHED or FAILED, as the block ends
         self._spool: Spool
@@ -155,7 +125,7 @@ class Tracker:
         try:
             run = self._begin(run_id, tags, memo)
         except MlflowException as error:
-            raise _unusable(self.uri, error) from None
+            raise unusable(self.uri, error) from None
         self.run_id, self._started = run.info.run_id, run.info.start_time
         self._open_spool(if_killed)
         self._spool.append("status", status="RUNNING")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 import sqlite3
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from pipelines.params import Tracking, Usage, home
+from pipelines.command import Usage
+from pipelines.params import Tracking, home
 
 DATABASES = ("postgresql", "mysql", "mssql")
 ANSWER_SECONDS = (3.0, 5.0)  # to connect, and to answer; a stage's start must fail within 10 s
@@ -51,6 +53,36 @@ def store_uri(settings: Tracking) -> str:
 def masked(uri: str) -> str:
     """The URI without its password."""
     return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", uri)
+
+
+def connect(settings: Tracking) -> tuple[str, Any]:
+    """The store's URI and a client for it, after it answered.
+
+    Raises:
+        Usage: it does not, within 10 s.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    for name, level in (("mlflow", logging.ERROR), ("alembic", logging.ERROR), ("urllib3", logging.ERROR),
+                        ("mlflow.store.db.utils", logging.CRITICAL)):  # fmt: skip
+        logging.getLogger(name).setLevel(level)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # trying again is the sender's business
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    uri = store_uri(settings)
+    check(uri, settings.experiment)
+    try:
+        with first_use(uri):
+            client = MlflowClient(tracking_uri=uri)
+            client.get_experiment_by_name(settings.experiment)
+    except MlflowException as error:
+        raise unusable(uri, error) from None
+    return uri, client
+
+
+def unusable(uri: str, error: Any) -> Usage:
+    """What MLflow's own error says, in a line."""
+    return Usage(f"the tracking store {masked(uri)} cannot be used: {hide(error.message.splitlines()[0], uri)}")
 
 
 def check(uri: str, experiment: str) -> None:

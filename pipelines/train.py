@@ -26,9 +26,10 @@ from dgm_core.training import history
 from dgm_core.training.optimisers import named_players
 from pipelines import state
 from pipelines.cluster import run_job
+from pipelines.command import JobFailed, run_main
 from pipelines.connect import connected, refuse_early
 from pipelines.mirror import bring
-from pipelines.params import JobFailed, Params, Run, load_params, resolve, run_main
+from pipelines.params import Params, Run, load_params, resolve
 from pipelines.place import Place
 from pipelines.progress import Progress
 from pipelines.serving import log_model

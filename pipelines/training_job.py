@@ -26,9 +26,9 @@ from dgm_core.evaluation.validation import validate
 from dgm_core.models import CATALOG
 from dgm_core.training import checkpoint, history
 from dgm_core.training.trainer import Schedule, Trainer
+from pipelines.command import Interrupted
 from pipelines.mirror import Mirror
 from pipelines.node_metrics import node_metrics
-from pipelines.params import Interrupted
 from pipelines.place import Place
 from pipelines.state import wait_for_lock
 from pipelines.worker import Worker

@@ -27,7 +27,8 @@ from dgm_core.data.shards import open_dataset
 from dgm_core.training.checkpoint import load
 from pipelines import training_job
 from pipelines.cluster import run_job
-from pipelines.params import Cluster, JobFailed, Usage, resolve
+from pipelines.command import JobFailed, Usage
+from pipelines.params import Cluster, resolve
 from pipelines.place import Place
 from pipelines.search import UNTUNED, Case, Values, score, with_values
 from pipelines.storage import Storage

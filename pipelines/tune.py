@@ -22,7 +22,8 @@ from ruamel.yaml import YAML
 from dgm_core import runs
 from dgm_core.evaluation.files import write_atomically
 from pipelines import state
-from pipelines.params import JobFailed, Usage, load_params, run_main
+from pipelines.command import JobFailed, Usage, run_main
+from pipelines.params import load_params
 from pipelines.search import Case, Ledger, Trial, as_tree, best_of, better
 from pipelines.text import number as shown
 from pipelines.tracking import Tracker

@@ -17,7 +17,7 @@ from dgm_core.config import RecipeError
 from dgm_core.contract import DataMismatch
 from dgm_core.training.checkpoint import CheckpointError
 from dgm_core.training.history import NonFiniteLoss
-from pipelines.params import Interrupted
+from pipelines.command import Interrupted
 from pipelines.storage import Storage, StorageError
 
 WATCH_SECONDS = 0.5  # between looks for the mark that asks a job to stop

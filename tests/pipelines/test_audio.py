@@ -22,7 +22,7 @@ from dgm_core.data.display import to_waveform
 from dgm_core.data.transforms import MuLaw
 from dgm_core.evaluation.judge import Judge
 from pipelines import evaluate, judge, prepare, sample, train
-from pipelines.params import Usage
+from pipelines.command import Usage
 from pipelines.report import ReportInputs, RunFacts, build_report
 from tests.data.builders import RATE, hub_parquet, wav
 

@@ -9,19 +9,9 @@ from pydantic import ValidationError
 
 from dgm_core.contract import DataSpec
 from dgm_core.models import CATALOG
-from pipelines.params import (
-    EMBEDDED,
-    Cluster,
-    Run,
-    Tracking,
-    Usage,
-    home,
-    load_params,
-    parse_source,
-    resolve,
-    yaml_load,
-)
-from pipelines.tracking import store_uri
+from pipelines.command import Usage
+from pipelines.params import EMBEDDED, Cluster, Run, Tracking, home, load_params, parse_source, resolve, yaml_load
+from pipelines.tracking_store import store_uri
 from tests.support import ROOT
 
 SPEC = DataSpec("image", (1, 16, 16), 256, classes=10)

@@ -20,7 +20,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipelines import train
-from pipelines.params import Usage
+from pipelines.command import Usage
 from tests.support import ROOT
 
 DEAD = "127.0.0.1:1"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipelines.params import Usage
+from pipelines.command import Usage
 from pipelines.report import POINTS, ReportInputs, RunFacts, build_report, main, read_curves
 
 pytest.importorskip("playwright", reason="playwright is not installed: make install")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import dgm_core
 from pipelines import encode, evaluate, judge, prepare, sample, train
-from pipelines.params import Usage
+from pipelines.command import Usage
 from tests.support import ROOT
 
 TINY = {"preset": "tiny", "config": {}}

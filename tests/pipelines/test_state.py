@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipelines import state
-from pipelines.params import Cluster, Usage
+from pipelines.command import Usage
+from pipelines.params import Cluster
 from pipelines.state import wait_for_lock
 
 

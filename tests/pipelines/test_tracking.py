@@ -23,7 +23,8 @@ import pytest
 from PIL import Image
 
 from pipelines import tracking, tracking_store
-from pipelines.params import Tracking, Usage
+from pipelines.command import Usage
+from pipelines.params import Tracking
 from pipelines.tracking import Tracker
 from pipelines.writer import Writer
 from tests.servers import (
@@ -43,7 +44,7 @@ from tests.support import ROOT
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow takes a second or two to make its tables: once for this file."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking.connect(Tracking(uri=f"sqlite:///{path}"))
+    tracking_store.connect(Tracking(uri=f"sqlite:///{path}"))
     return path
 
 
@@ -345,7 +346,7 @@ def test_credentials_leave_the_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p%40ss@host:5000/")
-    assert tracking.store_uri(Tracking()) == "https://host:5000"
+    assert tracking_store.store_uri(Tracking()) == "https://host:5000"
     assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")
     assert os.environ["MLFLOW_TRACKING_URI"] == "https://host:5000"
     assert tracking_store.masked("mysql://me:p@s:s@host/x") == "mysql://me:***@host/x"

@@ -21,8 +21,10 @@ from ruamel.yaml import YAML
 from dgm_core.contract import DataSpec
 from dgm_core.data.shards import open_dataset
 from pipelines import prepare, tune
-from pipelines.params import Cluster, Distribution, Run, Search, Usage, load_params, resolve, yaml_load
+from pipelines.command import Usage
+from pipelines.params import Cluster, Run, load_params, resolve, yaml_load
 from pipelines.search import Case, Ledger, Trial, as_tree, best_of, check_space, metric_of, sample, score
+from pipelines.space import Distribution, Search
 from tests.support import ROOT
 
 SPEC = DataSpec("image", (1, 16, 16), 2, classes=10)
