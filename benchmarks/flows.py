@@ -186,7 +186,7 @@ def main() -> int:
     rows: list[Row] = []
     for kind in ("maf", "real_nvp"):
         for size, (dims, _, _) in SIZES.items():
-            times = 1 if dims > 100 else 5
+            times = 4 if dims > 100 else 8
             rows += speed(kind, "training step", size, training_step, times)
             rows += speed(kind, "log_prob", size, log_prob, 3 * times)
     return report("flows", rows + drawing())
