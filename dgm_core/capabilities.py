@@ -7,7 +7,7 @@ distributions ask of a network that is causal.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -31,15 +31,28 @@ class HasLikelihood(ABC):
         """Nats of the stored data. Where not exact: the ELBO at one sample, importance-weighted above."""
 
 
+class HasConditionals(ABC):
+    """Models whose log-likelihood is a sum of conditionals, one for each coordinate."""
+
+    @abstractmethod
+    def log_conditionals(
+        self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
+    ) -> Float[Tensor, " B C H W"]:
+        """Nats of each coordinate given those before it, summing to `log_prob`: a sequence or vector is a grid of one
+        row, and where an image's channels are told together they are one."""
+
+
 class HasPosterior(ABC):
     """Models with an amortised posterior q(z | x)."""
 
     @abstractmethod
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> torch.distributions.Distribution:
+    def posterior(
+        self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
+    ) -> torch.distributions.Distribution:
         """q(z | x), event of size `latents`."""
 
     @abstractmethod
-    def kl(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B latents"]:
+    def kl(self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Float[Tensor, " B latents"]:
         """KL(q(z | x) ‖ p(z)) a latent dimension, in nats."""
 
 
@@ -133,6 +146,52 @@ class HasCompletion(ABC):
         self, x: Tensor, observed: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
     ) -> Tensor:
         """`x` with the coordinates where `observed` is False drawn given the others, in data units."""
+
+
+class HasCritic(ABC):
+    """Models with an opponent that tells data from samples; a greater score takes an example for data."""
+
+    @property
+    @abstractmethod
+    def threshold(self) -> float | None:
+        """Scores above it say "data"; None: a critic's, which have no origin."""
+
+    @abstractmethod
+    def data_scores(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B"]:
+        """Of stored examples, among themselves: some opponents look at a whole batch."""
+
+    @abstractmethod
+    def sample_scores(self, n: int) -> Float[Tensor, " n"]:
+        """Of fresh samples, as the opponent meets them in training: not rounded to what would be stored."""
+
+
+class HasStyles(ABC):
+    """Models whose samples are drawn layer by layer, each layer in the style of a latent."""
+
+    @property
+    @abstractmethod
+    def style_layers(self) -> int:
+        """How many there are, coarsest first."""
+
+    @abstractmethod
+    def decode_mixed(self, coarse: Tensor, fine: Tensor, cut: int) -> Float[Tensor, " B *shape"]:
+        """Layers below `cut` in the style of one latent, the others of another; float, in data units."""
+
+
+class HasGibbs(ABC):
+    """Models that are sampled by a Gibbs chain."""
+
+    @abstractmethod
+    def chain(self, x: Tensor) -> Iterator[Tensor]:
+        """The data that a chain from `x` shows after one step, two, …, as stored; without end."""
+
+
+class HasReceptiveFields(ABC):
+    """Models with hidden units that a matrix joins to the data's coordinates."""
+
+    @abstractmethod
+    def receptive_fields(self) -> Float[Tensor, " hidden *shape"] | None:
+        """Each unit's weights; None where this instance's first layer is another (convolutions)."""
 
 
 class HasReparametrizedSample(ABC):

@@ -40,6 +40,7 @@ from pipelines.params import Params, load_params
 from pipelines.parts import call, keep_parts
 from pipelines.place import Place
 from pipelines.serving import log_model
+from pipelines.snapshots import FILM
 from pipelines.tracking import Tracker
 from pipelines.worker import device
 
@@ -100,6 +101,7 @@ def score(refs: Refs, samples: str, out: str, options: EvaluationConfig, seed: i
             options=options, out=made.folder, seed=seed, ema=has_average(folder),
             display=display_of(dataset.info), drawn=_joined(drawn),
         )  # fmt: skip
+        _add_film(folder, made.folder)
         _figures_apart(made.folder)
     return found.flat(), made.ref
 
@@ -108,6 +110,15 @@ def has_average(run: Path) -> bool:
     """Whether the run's weights are an average over training."""
     recipe = runs.read_json(run / "recipe.json") if (run / "recipe.json").exists() else {}
     return any(o["ema"] is not None for o in recipe.get("optimizers", {}).values())
+
+
+def _add_film(run: Path, folder: Path) -> None:
+    """What the training drew at its validations is shown with what the evaluation drew."""
+    if (run / FILM).exists():
+        shutil.copyfile(run / FILM, folder / FILM)
+        about = runs.read_json(folder / "evaluation.json")
+        about["figures"].append({"file": FILM, "caption": "Samples at each validation, always for the same noise"})
+        runs.write_json(folder / "evaluation.json", about)
 
 
 def _figures_apart(folder: Path) -> None:
@@ -223,7 +234,7 @@ def _assemble(name: str, params: Params) -> None:
 
 
 def _copy_run(name: str, target: Path) -> None:
-    shutil.copytree(Path("models", name), target, ignore=shutil.ignore_patterns("seeds"))
+    shutil.copytree(Path("models", name), target, ignore=shutil.ignore_patterns("seeds", FILM))
 
 
 if __name__ == "__main__":

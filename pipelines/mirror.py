@@ -12,9 +12,15 @@ from pathlib import Path
 
 from dgm_core import distributed
 from dgm_core.runs import replaced_folder
+from pipelines import snapshots
 from pipelines.storage import Storage, StorageError
 
-STATE = ("history.jsonl", "best.pt", "last.pt")  # in the order of upload: what a checkpoint speaks of comes before it
+STATE = (
+    "history.jsonl",
+    snapshots.FILE,
+    "best.pt",
+    "last.pt",
+)  # in the order of upload: what a checkpoint speaks of comes before it
 
 
 class Mirror:
@@ -66,13 +72,13 @@ class Mirror:
         return int(self.storage.read(f"{self.prefix}/serial") or 0)
 
     def push(self, path: Path) -> None:
-        """Send `best.pt` or `last.pt` as it is now, soon. With `last.pt` go the history and a serial number."""
+        """Send `best.pt` or `last.pt` as it is now, soon. With `last.pt` go history, pictures and a serial number."""
         self._raise()
         names = [path.name]
         if path.name == "last.pt":
             self.serial += 1
             _write(self.folder / "serial", str(self.serial))
-            names = ["history.jsonl", "last.pt", "serial"]
+            names = ["history.jsonl", snapshots.FILE, "last.pt", "serial"]
         with self._changed:
             for name in names:
                 if (self.folder / name).exists():

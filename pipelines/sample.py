@@ -4,6 +4,7 @@ python -m pipelines.sample RUN --n 64 --out grid.png          a grid
 python -m pipelines.sample RUN --n 64 --out samples.npz       arrays `x` in data units and `y` (empty if drawn)
 python -m pipelines.sample RUN --n 64 --out folder/           one PNG a sample, or of audio one WAV
 python -m pipelines.sample RUN --n 8 --out samples.wav        audio, one after the other
+python -m pipelines.sample RUN --n 64 --keep 0.5 --out …      of twice as many, those that look most like their class
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dgm_core import runs
-from dgm_core.contract import DataSpec, GenerativeModel
+from dgm_core.contract import Batch, DataSpec, GenerativeModel
 from dgm_core.data.display import display_of
 from dgm_core.evaluation import drawing
+from dgm_core.evaluation.judge import Judge
+from dgm_core.evaluation.sampling import goes_by_labels
 from dgm_core.evaluation.sounds import wav
+from dgm_core.models.rejection import sample_trusted
 from pipelines.command import Usage, run_main
 from pipelines.params import yaml_load
 from pipelines.worker import device
@@ -54,6 +58,10 @@ def main(argv: Sequence[str]) -> int:
         "--class", type=int, dest="label", metavar="K", help="of conditional models; drawn if not given"
     )
     parser.add_argument("--batch", type=int, default=64, help="samples at a time")
+    parser.add_argument(
+        "--keep", type=float, metavar="SHARE", help="of each class drawn, the share that a classifier trusts most"
+    )
+    parser.add_argument("--judge", metavar="DATASET", help="whose judge is that classifier, or its folder; the data's")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="the model's own options")
     given = parser.parse_args(argv)
     folder = Path(given.run) if Path(given.run).is_dir() else Path("models", given.run)
@@ -68,10 +76,58 @@ def main(argv: Sequence[str]) -> int:
     y = None
     if given.label is not None:
         y = model.labels_for(given.n, torch.full((given.n,), given.label))
-    x = draw(model, given.n, y, given.batch, **options)
-    write(x, y, model, runs.read_json(folder / "data.json"), given.out)
-    sys.stdout.write(f"{given.n} samples of {folder.name}: {given.out}\n")
+    info, of = about_data(folder), ""
+    if given.keep is not None:
+        judge = find_judge(given.judge, info, model, given.keep, options)
+        x, y, _, drawn = sample_trusted(
+            model, given.n, y, classifier=judge.logits, keep=given.keep,
+            draw=lambda labels: draw(model, len(labels), labels, given.batch, **options),
+        )  # fmt: skip
+        of = f" (the most trusted of {drawn})"
+    elif given.judge is not None:
+        raise Usage(f"--judge {given.judge} needs --keep SHARE: it says whose judge chooses")
+    else:
+        x = draw(model, given.n, y, given.batch, **options)
+    write(x, y, model, info, given.out)
+    sys.stdout.write(f"{given.n} samples of {folder.name}{of}: {given.out}\n")
     return 0
+
+
+def about_data(folder: Path) -> Mapping[str, Any]:
+    """What the run's folder says of its data; of a two-stage model, its code model's."""
+    described = runs.read_json(folder / "config.json")
+    two_stage = described["model"] == runs.TWO_STAGE
+    return runs.read_json((folder / described["codes"] if two_stage else folder) / "data.json")
+
+
+def find_judge(
+    named: str | None, info: Mapping[str, Any], model: GenerativeModel, keep: float, options: Mapping[str, Any]
+) -> Judge:
+    """The classifier to keep samples by: that of the data set named, else of the run's own.
+
+    Raises:
+        Usage: there is none, or nothing for it to go by.
+    """
+    if not 0 < keep <= 1:
+        raise Usage(f"--keep {keep} is not accepted: a share above 0, up to 1")
+    if model.data.classes < 2:
+        raise Usage("--keep goes by the probability of the class asked for, and this run's data has no classes")
+    if info.get("source") == "codes" and named is None:
+        raise Usage(
+            f"--keep needs a classifier of what is drawn, and this run draws codes ({info['name']}): sample the "
+            "two-stage model that decodes them"
+        )
+    folder = Path(named) if named is not None and Path(named).is_dir() else Path("judges", named or info["name"])
+    if not (folder / "judge.json").is_file():
+        raise Usage(
+            f"--keep needs a judge, and there is none in {folder}: fit it with python -m pipelines.judge "
+            f"{named or info['name']}, or name another with --judge"
+        )
+    judge = Judge.load(folder).to(device())
+    judge.check(model.data)
+    if not goes_by_labels(model, Batch(torch.empty(0)), options, seed=0):
+        raise Usage("--keep goes by the class asked for, and this model draws alike whatever the class")
+    return judge
 
 
 def _options(model: GenerativeModel, given: Sequence[str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from dgm_core.evaluation.validation import validate
 from dgm_core.models import CATALOG
 from dgm_core.training import checkpoint, history
 from dgm_core.training.trainer import Schedule, Trainer
+from pipelines import snapshots
 from pipelines.command import Interrupted
 from pipelines.mirror import Mirror
 from pipelines.node_metrics import node_metrics
@@ -121,7 +122,8 @@ def _fit(
         reporter.rows.append(json.dumps(row))
 
     def evaluate(averaged: GenerativeModel) -> Mapping[str, float]:
-        reporter.images[trainer.step] = sample_grid(averaged, dataset)
+        reporter.images[trainer.step] = picture = sample_grid(averaged, dataset)
+        snapshots.keep(folder, trainer.step, picture)
         return validate(averaged, one_pass(dataset.split("val"), 250), dataset.spec, dataset.info, judge=judge)
 
     first = config["overfit_batches"] * recipe.batch_size_at(0.0) if config["overfit_batches"] else None
@@ -205,4 +207,6 @@ def _export(
             with runs.replaced_folder(folder / "result") as out:
                 runs.save_run(out, config["model"], model, trainer.recipe, chosen, metrics)
                 runs.write_json(out / "data.json", how_to_show(dataset.info))
+                if (film := snapshots.film_of(folder)) is not None:
+                    (out / snapshots.FILM).write_bytes(film)
     distributed.barrier()

@@ -17,6 +17,18 @@ from dgm_core.evaluation.record import Metric
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+    from dgm_core.evaluation.work import Work
+
+
+def step(work: Work) -> None:
+    """Leaves `counts`."""
+    if isinstance(work.model, HasCodes):
+        codes = encode(work.model, work.test, work.options.batch_size)
+        metrics, work.counts, warnings = code_metrics(work.model, work.spec, codes)
+        work.add(metrics)
+        work.warn(*warnings)
+        work.result.details["code_counts"] = {level: c.tolist() for level, c in work.counts.items()}
+
 
 def histogram(codes: Int[Tensor, " B *grid"], size: int) -> Int[Tensor, " size"]:
     """How often each code occurs."""

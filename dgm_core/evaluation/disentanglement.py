@@ -3,26 +3,80 @@
     mutual information gap: R. T. Q. Chen et al., 2018. Isolating Sources of Disentanglement in VAEs. arXiv:1802.04942
     β-VAE metric: I. Higgins et al., 2017. openreview.net/forum?id=Sy2fzU9gl, section 3
 
-Both are 1 at best; the gap of latents that say nothing is 0, the metric's floor is a guess among the factors.
+Both are 1 at best; the gap of latents that say nothing is 0, the metric's floor is a guess among the factors. They
+are measured on every combination of the factors, whatever split is scored.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dgm_core.capabilities import HasPosterior
+from dgm_core.contract import Batch, GenerativeModel
+from dgm_core.data.sprites import Sprites
+from dgm_core.data.transforms import apply_all
 from dgm_core.distributions.gaussian import log_normal
+from dgm_core.evaluation.examples import chunks
+from dgm_core.evaluation.record import Metric
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+    from dgm_core.evaluation.work import Work
+
 AT_ONCE = 100_000  # pairs
+MIXTURE = 5000  # examples whose posteriors are mixed, at most: the time grows with their square
+TEST = 1000  # points of the β-VAE metric that are scored
 RIDGE = 1e-6  # keeps the weights of classes that a line can separate finite
+
+
+def step(work: Work) -> None:
+    """Of a model with a Gaussian posterior, on pictures drawn from known factors."""
+    model = work.model
+    if not isinstance(model, HasPosterior) or "factors" not in work.info:
+        return
+    x, factors, counts = every_combination(work.info)
+    examples = Batch(x, factors[:, 0] if work.spec.classes else None)
+    try:
+        mean, sd = _posterior(model, examples, work.options.batch_size)
+    except NotImplementedError:
+        work.warn("Disentanglement is not measured: the posterior has no mean and standard deviation in closed form.")
+        return
+    rows = torch.randperm(len(x))[:MIXTURE]
+    moving = [count for count in counts if count > 1]
+    about = {"latents": mean.shape[1], "factors": dict(work.info["factors"])}
+    found = mutual_information_gap(mean[rows], sd[rows], factors[rows])
+    work.add({"mutual_information_gap": Metric.of(found.gap, n=len(rows), of="every combination of factors", **about)})
+    work.result.details["information_of_factors"] = found.information.tolist()
+    if len(moving) > 1:
+        share = beta_vae_metric(mean, counts, test=TEST)
+        error = math.sqrt(share * (1 - share) / TEST)
+        work.add({"beta_vae_metric": Metric.of(share, 1 / len(moving), error, n=TEST, **about)})
+
+
+def every_combination(
+    info: Mapping[str, Any],
+) -> tuple[Float[Tensor, " N *shape"], Int[Tensor, " N K"], tuple[int, ...]]:
+    """Pictures as this data set stores them, the numbers of their factors' values, and of how many each is one."""
+    drawn = Sprites(*(info["config"][name] for name in ("size", "scales", "rotations", "positions")))
+    index = np.arange(len(drawn))
+    factors = drawn.factors(index)
+    x = apply_all(drawn.draw(factors), info["transforms"], index, (info["seed"], 0))
+    return torch.from_numpy(x), torch.from_numpy(factors), drawn.counts
+
+
+def _posterior(model: GenerativeModel, examples: Batch, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations, on the CPU."""
+    assert isinstance(model, HasPosterior)
+    found = [model.posterior(b.x, b.y, b.context) for b in chunks(examples, batch_size, model.device)]
+    return torch.cat([q.mean.cpu() for q in found]), torch.cat([q.stddev.cpu() for q in found])
 
 
 class Gap(NamedTuple):

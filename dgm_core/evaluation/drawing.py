@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,13 @@ from torch import Tensor
 from dgm_core.contract import DataSpec
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, UInt8
+    from jaxtyping import Float, Int, UInt8
 
 TILE = 64  # pixels that a picture's longer side is enlarged to, by whole factors
 GAP = 2
 PAPER, LINE = 255, 208
+FRAME_MS = 80  # that a frame of an animation stands
+FILM_MS = 400  # that a picture of a film stands
 HEADING = 32  # height of a line of text above a block of pictures
 WAVE, SPECTRUM = (32, 160), 64  # height and width of a drawn recording, and the height of its spectrogram
 
@@ -123,6 +125,33 @@ def png(pixels: np.ndarray[Any, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def animation(shown: UInt8[Tensor, " rows steps 3 H W"], columns: int) -> bytes:
+    """Rows side by side, moving from step to step, over and over: a GIF of at most 256 colours in all."""
+    frames = [_sheet(shown[:, i], columns) for i in range(shown.shape[1])]
+    return _gif(frames, FRAME_MS)
+
+
+def film(pictures: Sequence[tuple[str, bytes]]) -> bytes:
+    """PNGs of one size, one after the other, each under its name: a GIF that stays on the last for a while."""
+    frames, font = [], ImageFont.load_default(HEADING // 2)
+    for name, content in pictures:
+        picture = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        heading = Image.new("RGB", (picture.shape[1], HEADING), (PAPER,) * 3)
+        ImageDraw.Draw(heading).text((2 * GAP, HEADING / 2), name, "black", font, anchor="lm")
+        frames.append(np.concatenate([np.asarray(heading), picture]))
+    return _gif(frames, [FILM_MS] * (len(frames) - 1) + [5 * FILM_MS])
+
+
+def _gif(frames: Sequence[np.ndarray[Any, Any]], milliseconds: int | list[int]) -> bytes:
+    """(H, W, 3) uint8 each, over and over. The palette is common to all, so that nothing flickers."""
+    every = Image.fromarray(np.concatenate(frames))
+    palette = every.quantize(256, Image.Quantize.MEDIANCUT)
+    first, *rest = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0, optimize=False)
+    return buffer.getvalue()
+
+
 def plot(draw: Callable[[Any], None], width: float = 6.0, height: float = 3.5) -> bytes:
     """Let `draw` fill a matplotlib figure of so many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -149,6 +178,52 @@ def bars(panels: Sequence[tuple[str, Tensor]], xlabel: str, ylabel: str, mark: f
                 axes.axhline(mark, color="black", linewidth=0.8, linestyle="--")
 
     return plot(draw, width=max(5.0, 4.0 * len(panels)))
+
+
+def heat_map(values: Float[Tensor, " H W"], name: str) -> bytes:
+    """Numbers from zero up, with a bar that says which colour is how much of what `name` says."""
+    height, width = values.shape
+
+    def draw(canvas: Any) -> None:
+        axes = canvas.subplots()
+        image = axes.imshow(values.numpy(), cmap="viridis", vmin=0, interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        canvas.colorbar(image, ax=axes, label=name)
+
+    return plot(draw, width=4.5, height=max(1.5, min(3.6 * height / width, 8.0)))
+
+
+class Panel(NamedTuple):
+    """Points on a plane whose axes have names."""
+
+    title: str
+    across: str
+    up: str
+    points: Float[Tensor, " n 2"]
+
+
+def coloured_points(panels: Sequence[Panel], labels: Int[Tensor, " n"] | None, names: Sequence[str]) -> bytes:
+    """Side by side, a colour a class: up to twenty have a legend, more have a bar."""
+    import matplotlib
+
+    few = len(names) <= 20
+    table = matplotlib.colormaps[("tab10" if len(names) <= 10 else "tab20") if few else "viridis"]
+    last = 10 * (1 + (len(names) > 10)) - 1 if few else len(names) - 1  # the colour that the map ends with
+
+    def draw(canvas: Any) -> None:
+        every = canvas.subplots(1, len(panels), squeeze=False)[0]
+        for panel, axes in zip(panels, every, strict=True):
+            colours = {} if labels is None else {"c": labels.numpy(), "cmap": table, "vmin": 0, "vmax": last}
+            x, y = panel.points.numpy().T
+            axes.scatter(x, y, s=min(30, max(6, 6000 / len(x))), linewidths=0, alpha=0.7, **colours)
+            axes.set(title=panel.title, xlabel=panel.across, ylabel=panel.up)
+        if labels is not None and few:
+            shown = [every[-1].scatter([], [], s=30, color=table(k / last)) for k in range(len(names))]
+            canvas.legend(shown, names, loc="outside right center", frameon=False)
+        elif labels is not None:
+            canvas.colorbar(every[-1].collections[-1], ax=every[-1], label="class")
+
+    return plot(draw, width=4.2 * len(panels) + 0.9 * (labels is not None), height=4.0)
 
 
 def scatters(

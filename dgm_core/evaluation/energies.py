@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from dgm_core.evaluation.work import Work
+
 AT_ONCE = 10_000  # draws: memory does not grow with their number
+
+
+def step(work: Work) -> None:
+    work.add(energy_metrics(work.model, work.spec, work.options.energy_draws))
 
 
 def energy_metrics(model: object, spec: DataSpec, draws: int) -> dict[str, Metric]:

@@ -9,20 +9,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dgm_core.capabilities import HasDecoder, HasEnergy, HasInverse, HasLikelihood, HasPosterior
+from dgm_core.capabilities import (
+    HasDecoder,
+    HasEnergy,
+    HasInverse,
+    HasLikelihood,
+    HasPosterior,
+    HasReceptiveFields,
+)
 from dgm_core.contract import Batch, DataSpec, GenerativeModel
 from dgm_core.data import densities
 from dgm_core.evaluation.drawing import Display, bars, blocks, coloured, grid, overlays, pictures, scatters
-from dgm_core.evaluation.examples import take
 from dgm_core.evaluation.latents import posterior_means
-from dgm_core.evaluation.sampling import cycled
+from dgm_core.evaluation.sampling import decode_along
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 Drawing = tuple[bytes, str] | None
 SIDE = 200  # points along an edge of a density's heat map
-STEPS = 9  # pictures along an interpolation or a traversal
+STEPS = 9  # pictures along a traversal
 ROWS = 8
 REACH = 3.0  # standard deviations of the prior that a traversal spans on either side
 TEMPERATURES = (0.7, 0.85, 1.0)
@@ -106,35 +112,6 @@ def temperatures(
     return blocks([(name, pictures(x, spec, display)) for name, x in drawn], columns), caption
 
 
-def interpolations(
-    model: GenerativeModel, examples: Batch, spec: DataSpec, display: Display | None, *, by_labels: bool = False
-) -> Drawing:
-    """Between the latents of two test examples, along a line if they come from a posterior and along the sphere if
-    from an inverse; between two draws of the latent where the model has neither.
-
-    Args:
-        by_labels: the model goes by labels, so that a row keeps to one: its ends are of one class.
-    """
-    if spec.kind == "vector" or not isinstance(model, HasDecoder):
-        return None
-    first, second = _ends(examples, by_labels)
-    rows = first.x.shape[0]
-    t = torch.linspace(0, 1, STEPS)
-    if isinstance(model, HasPosterior):
-        a, b = (posterior_means(model, ends, rows)[0] for ends in (first, second))
-        path = torch.stack([a + s * (b - a) for s in t], 1)
-        caption = "Interpolations between two test examples a row, along a line between their latents"
-    elif isinstance(model, HasInverse):
-        a, b = (model.to_latent(*ends.to(model.device)[:2]).cpu() for ends in (first, second))
-        path = torch.stack([_slerp(a, b, s) for s in t.tolist()], 1)
-        caption = "Interpolations between two test examples a row, along the sphere between their latents"
-    else:
-        a, b = model.draw_latent(2 * rows).cpu().chunk(2)
-        path = torch.stack([_slerp(a, b, s) for s in t.tolist()], 1)
-        caption = "Interpolations between two draws of the latent a row, along the sphere"
-    return _decoded(model, path, first, spec, display), caption
-
-
 def traversals(
     model: GenerativeModel, examples: Batch, spec: DataSpec, display: Display | None, kl: Tensor | None = None
 ) -> Drawing:
@@ -152,7 +129,7 @@ def traversals(
     which = ", ".join(str(d) for d in dims.tolist())
     by = "those of the greatest KL" if kl is not None else "the first"
     caption = f"Traversals from {-REACH:g} to {REACH:g} of latent dimensions {which} ({by}), one a row"
-    return _decoded(model, path, one, spec, display), caption
+    return grid(pictures(decode_along(model, path, one, spec), spec, display), STEPS), caption
 
 
 def code_usage(counts: Mapping[str, Int[Tensor, " size"]]) -> Drawing:
@@ -170,18 +147,12 @@ def kl_bars(kl: Float[Tensor, " latents"]) -> Drawing:
 
 
 def receptive_fields(model: GenerativeModel, spec: DataSpec, tiles: int) -> Drawing:
-    """Of an energy model's hidden units: the columns of its matrix between data and hidden units, longest first."""
-    if not isinstance(model, HasEnergy) or spec.kind != "image":
+    """Of hidden units that a matrix joins to an image's pixels, longest first."""
+    fields = model.receptive_fields() if isinstance(model, HasReceptiveFields) and spec.kind == "image" else None
+    if fields is None:
         return None
-    for parameter in model.parameters():
-        if parameter.ndim == 2 and spec.dims in parameter.shape:
-            weight = parameter.detach().cpu().double()
-            fields = weight.T if weight.shape[0] == spec.dims else weight
-            break
-    else:
-        return None
-    fields = fields[fields.norm(dim=1).argsort(descending=True, stable=True)[: tiles**2]]
-    fields = fields.unflatten(1, spec.shape).mean(1)
+    fields = fields.detach().cpu().double()
+    fields = fields[fields.flatten(1).norm(dim=1).argsort(descending=True, stable=True)[: tiles**2]].mean(1)
     fields = fields / fields.abs().amax((1, 2), keepdim=True).clamp_min(1e-12)
     caption = f"Receptive fields of {len(fields)} hidden units: red excites, blue inhibits, each on its own scale"
     return grid(coloured(0.5 - 0.5 * fields, "RdBu"), tiles), caption
@@ -221,32 +192,3 @@ def _log_density(model: HasEnergy | HasLikelihood, x: Tensor, spec: DataSpec, by
 def _heat(log_p: Float[Tensor, " n"], brightest: Tensor | None) -> Float[Tensor, " n"]:
     """The density over its greatest value, or over e to the power of `brightest`."""
     return (log_p - (log_p.max() if brightest is None else brightest)).exp().clamp(0, 1)
-
-
-def _ends(examples: Batch, by_labels: bool) -> tuple[Batch, Batch]:
-    """Two examples a row."""
-    if by_labels and examples.y is not None:
-        classes = [(examples.y == label).nonzero()[:, 0] for label in examples.y.unique()]
-        pairs = torch.stack([members[[0, -1]] for members in classes])[:ROWS]
-        return examples.rows(pairs[:, 0]), examples.rows(pairs[:, 1])
-    rows = min(ROWS, examples.x.shape[0] // 2)
-    examples = take(iter([examples]), 2 * rows)  # ends far apart in a split that is stored class by class
-    return examples.rows(slice(0, rows)), examples.rows(slice(rows, 2 * rows))
-
-
-def _decoded(model: GenerativeModel, path: Tensor, examples: Batch, spec: DataSpec, display: Display | None) -> bytes:
-    assert isinstance(model, HasDecoder)
-    rows, steps = path.shape[:2]
-    along = examples.map(lambda t: cycled(t, rows).repeat_interleave(steps, 0)).to(model.device)
-    y = along.y if spec.classes else None
-    decoded = model.decode(path.flatten(0, 1).to(model.device), y, along.context).cpu()
-    return grid(pictures(decoded, spec, display), steps)
-
-
-def _slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Along the great circle: a straight line between two Gaussian draws passes where no draws are."""
-    flat_a, flat_b = a.flatten(1), b.flatten(1)
-    cosine = torch.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1 + 1e-6, 1 - 1e-6)
-    angle = torch.arccos(cosine)[:, None]
-    mixed = (torch.sin((1 - t) * angle) * flat_a + torch.sin(t * angle) * flat_b) / torch.sin(angle)
-    return mixed.view_as(a)

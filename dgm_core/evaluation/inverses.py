@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,7 +12,16 @@ from dgm_core.contract import Batch, GenerativeModel
 from dgm_core.evaluation.examples import chunks
 from dgm_core.evaluation.record import Metric
 
+if TYPE_CHECKING:
+    from dgm_core.evaluation.work import Work
+
 LARGE = 1e-2  # of the examples' standard deviation: a difference that can be seen
+
+
+def step(work: Work) -> None:
+    metrics, warnings = inverse_metrics(work.model, work.test, work.options.batch_size)
+    work.add(metrics)
+    work.warn(*warnings)
 
 
 def inverse_metrics(model: GenerativeModel, examples: Batch, batch_size: int) -> tuple[dict[str, Metric], list[str]]:

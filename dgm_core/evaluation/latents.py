@@ -1,4 +1,4 @@
-"""What latents hold: KL a dimension, active units, mutual information, reconstructions."""
+"""What latents hold: KL a dimension, active units, mutual information."""
 
 from __future__ import annotations
 
@@ -8,22 +8,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dgm_core.capabilities import HasCodes, HasDecoder, HasPosterior
-from dgm_core.contract import Batch, DataSpec, GenerativeModel
-from dgm_core.evaluation.examples import chunks, nearest_stored, unit
-from dgm_core.evaluation.judge import Judge
+from dgm_core.capabilities import HasPosterior
+from dgm_core.contract import Batch, GenerativeModel
+from dgm_core.evaluation.examples import chunks
 from dgm_core.evaluation.record import EvaluationConfig, Metric
-from dgm_core.shapes import mean_event
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+    from dgm_core.evaluation.work import Work
+
 ACTIVE = 0.01  # Burda et al. 2016, appendix C
+
+
+def step(work: Work) -> None:
+    """Leaves `kl`."""
+    if isinstance(work.model, HasPosterior):
+        metrics, details, warnings = latent_metrics(work.model, work.test, work.options)
+        work.add(metrics)
+        work.result.details |= details
+        work.warn(*warnings)
+        work.kl = torch.tensor(details["kl_by_dimension"])
 
 
 def kl_by_dimension(model: HasPosterior, examples: Batch, batch_size: int) -> Float[Tensor, " latents"]:
     """Mean KL(q(z_j | x) ‖ p(z_j)) over examples, nats."""
-    parts = [model.kl(b.x, b.y).to("cpu", torch.float64) for b in _chunks(model, examples, batch_size)]
+    parts = [model.kl(b.x, b.y, b.context).to("cpu", torch.float64) for b in _chunks(model, examples, batch_size)]
     return torch.cat(parts).mean(0)
 
 
@@ -31,7 +41,7 @@ def posterior_means(model: HasPosterior, examples: Batch, batch_size: int) -> tu
     """E_q[z | x], and "mean"; where the posterior has no closed mean (a flow), one draw, and "draw"."""
     parts, how = [], "mean"
     for part in _chunks(model, examples, batch_size):
-        q = model.posterior(part.x, part.y)
+        q = model.posterior(part.x, part.y, part.context)
         try:
             z = q.mean
         except NotImplementedError:
@@ -53,7 +63,7 @@ def mutual_information(model: HasPosterior, examples: Batch, chunk: int = 64) ->
     """
     device = model.device if isinstance(model, GenerativeModel) else "cpu"
     batch = examples.to(device)
-    q = model.posterior(batch.x, batch.y)
+    q = model.posterior(batch.x, batch.y, batch.context)
     z = q.sample()
     n = z.shape[0]
     total = 0.0
@@ -63,26 +73,6 @@ def mutual_information(model: HasPosterior, examples: Batch, chunk: int = 64) ->
         own = table[torch.arange(len(rows), device=z.device), rows]
         total += (own - torch.logsumexp(table, 1) + math.log(n)).sum().item()
     return total / n
-
-
-def can_reconstruct(model: GenerativeModel) -> bool:
-    """By codes, or by a posterior and a decoder."""
-    return isinstance(model, HasCodes) or (isinstance(model, HasPosterior) and isinstance(model, HasDecoder))
-
-
-def reconstruct(model: GenerativeModel, examples: Batch, batch_size: int) -> tuple[Float[Tensor, " B *shape"], str]:
-    """Means in data units, and what they were decoded from: "codes", or the posterior's "mean" or "draw"."""
-    parts, how = [], "codes"
-    for part in _chunks(model, examples, batch_size):
-        if isinstance(model, HasCodes):
-            decoded = model.decode_codes(model.codes(part.x, part.y), part.y, part.context)
-        else:
-            assert isinstance(model, HasPosterior)
-            assert isinstance(model, HasDecoder)
-            z, how = posterior_means(model, part, batch_size)
-            decoded = model.decode(z.to(part.x.device), part.y, part.context)
-        parts.append(decoded.cpu())
-    return torch.cat(parts), how
 
 
 def latent_metrics(
@@ -116,27 +106,6 @@ def latent_metrics(
         )
     details = {"kl_by_dimension": kl.tolist(), "active": active.tolist()}
     return metrics, details, warnings
-
-
-def reconstruction_metrics(
-    reconstructed: Float[Tensor, " B *shape"], how: str, examples: Batch, spec: DataSpec, judge: Judge | None
-) -> dict[str, Metric]:
-    """Mean squared error a coordinate, and whether the judge still recognises the example."""
-    n = len(reconstructed)
-    error = mean_event((unit(reconstructed, spec) - unit(examples.x, spec)).square()).double()
-    scale = "[0, 1]" if spec.levels is not None else "data units"
-    standard_error = (error.std() / math.sqrt(n)).item() if n > 1 else None
-    metrics = {"reconstruction_mse": Metric.of(error.mean().item(), error=standard_error, n=n, units=scale, of=how)}
-    if judge is not None and judge.kind == "classes":
-        stored = nearest_stored(reconstructed, spec)
-        labels = judge.classify(examples.x) if examples.y is None else examples.y
-        agree = (judge.classify(stored) == labels).double()
-        original = (judge.classify(examples.x) == labels).double().mean().item()
-        against = "the judge on the original" if examples.y is None else "labels"
-        metrics["reconstruction_agreement"] = Metric.of(
-            agree.mean().item(), original, (agree.std() / math.sqrt(n)).item(), n=n, against=against
-        )
-    return metrics
 
 
 def _chunks(model: object, examples: Batch, size: int) -> Any:

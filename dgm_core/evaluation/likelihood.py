@@ -25,11 +25,20 @@ from dgm_core.capabilities import HasEnergy, HasLikelihood
 from dgm_core.contract import Batch, DataSpec, GenerativeModel
 from dgm_core.data.display import bits_per_dim, log_det
 from dgm_core.evaluation import ais
+from dgm_core.evaluation.codes import marginal_metric
 from dgm_core.evaluation.examples import chunks
 from dgm_core.evaluation.record import EvaluationConfig, Metric
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+    from dgm_core.evaluation.work import Work
+
+
+def step(work: Work) -> None:
+    work.add(likelihood(work.model, work.test, work.spec, work.info, work.options))
+    if work.spec.kind == "codes":
+        work.add({"marginal_bits_per_dim": marginal_metric(work.train.x, work.test.x, work.spec)})
 
 
 def likelihood(

@@ -72,7 +72,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG beside `evaluation.json`."""
+    """A PNG, or a GIF where it moves, beside `evaluation.json`."""
 
     file: str
     caption: str

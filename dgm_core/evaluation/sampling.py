@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dgm_core.capabilities import HasDecoder
-from dgm_core.contract import Batch, DataMismatch, GenerativeModel
+from dgm_core.capabilities import HasDecoder, HasPosterior
+from dgm_core.contract import Batch, DataMismatch, DataSpec, GenerativeModel
 from dgm_core.evaluation.examples import seeded
+from dgm_core.evaluation.record import Metric
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+    from dgm_core.evaluation.work import Work
 
 PROBES = 16
 
@@ -25,6 +28,27 @@ class Drawn(NamedTuple):
     x: Tensor
     y: Tensor | None
     seconds: float
+
+
+def step(work: Work) -> None:
+    """Leaves `by_labels`, `drawn`, `enough` and `means`."""
+    model, test, o = work.model, work.test, work.options
+    work.by_labels = goes_by_labels(model, test, o.sampling, work.seed)
+    drawn = work.given or draw(
+        model, o.samples, test, o.sampling, o.batch_size, by_labels=work.by_labels, progress=work.progress
+    )
+    context = {"n": o.samples, "sampling": dict(o.sampling), "batch_size": o.batch_size}
+    work.add({"seconds_per_sample": Metric.of(drawn.seconds / o.samples, **context)})
+    finite = torch.isfinite(drawn.x.double()).flatten(1).all(1)
+    if not finite.all():
+        work.warn(f"{int((~finite).sum())} of {len(finite)} samples are NaN or infinite.")
+    work.drawn = Drawn(drawn.x[finite], None if drawn.y is None else drawn.y[finite], drawn.seconds)
+    # Enough for every statistic; a model with fewer good samples has nothing worth measuring.
+    work.enough = int(finite.sum()) > o.neighbours + 1
+    if isinstance(model, HasPosterior) and isinstance(model, HasDecoder):
+        work.means = draw_means(model, o.samples, test, o.batch_size, by_labels=work.by_labels)
+    if work.enough and len(work.drawn.x.unique(dim=0)) < 0.1 * len(test.x[: o.samples].unique(dim=0)):
+        work.warn("The samples have collapsed: most of them are copies of a few.")
 
 
 def goes_by_labels(model: GenerativeModel, examples: Batch, options: Mapping[str, Any], seed: int) -> bool:
@@ -104,6 +128,19 @@ def draw_means(
         given = None if y is None else y[rows].to(model.device)
         parts.append(model.decode(model.draw_latent(rows.stop - rows.start), given, context).cpu())
     return torch.cat(parts)
+
+
+def decode_along(
+    model: GenerativeModel, path: Float[Tensor, " rows steps *latent"], examples: Batch, spec: DataSpec
+) -> Float[Tensor, " rows*steps *shape"]:
+    """Means of latents, a row's with the label and context of its example, on the CPU."""
+    assert isinstance(model, HasDecoder)
+    rows, steps = path.shape[:2]
+    decoded = []
+    for i in range(rows):
+        one = examples.map(lambda t, i=i: t[i % len(t)].expand(steps, *t.shape[1:])).to(model.device)
+        decoded.append(model.decode(path[i].to(model.device), one.y if spec.classes else None, one.context).cpu())
+    return torch.cat(decoded)
 
 
 def labels_for(model: GenerativeModel, n: int, examples: Batch) -> Int[Tensor, " n"]:

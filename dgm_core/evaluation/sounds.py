@@ -17,8 +17,20 @@ from dgm_core.evaluation.record import Sound
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+    from dgm_core.evaluation.work import Work
+
 ROWS = 10
 BYTES = 2**20  # of all recordings of an evaluation together, for they are put into a page
+
+
+def step(work: Work) -> None:
+    columns = {"real": work.test}
+    if work.reconstructed is not None:
+        columns["reconstructed"] = work.test._replace(x=work.reconstructed)
+    if work.enough:
+        columns["sampled"] = Batch(work.drawn.x, work.drawn.y)
+    work.result.sounds, files = beside_each_other(columns, work.spec, work.info, work.display)
+    work.files |= files
 
 
 def wav(x: Float[Tensor, " T"], rate: int) -> bytes:

@@ -13,8 +13,9 @@ from dgm_core.evaluation import quality
 from dgm_core.evaluation.codes import code_metrics, encode
 from dgm_core.evaluation.examples import quiet, take, unit
 from dgm_core.evaluation.judge import Judge
-from dgm_core.evaluation.latents import can_reconstruct, kl_by_dimension, reconstruct, reconstruction_metrics
+from dgm_core.evaluation.latents import kl_by_dimension
 from dgm_core.evaluation.likelihood import likelihood
+from dgm_core.evaluation.reconstructions import can_reconstruct, reconstruct, reconstruction_metrics
 from dgm_core.evaluation.record import EvaluationConfig, Metric
 from dgm_core.evaluation.sampling import draw, goes_by_labels
 

@@ -9,6 +9,7 @@ from dgm_core.models.adversarial.dcgan import DCGAN
 from dgm_core.models.adversarial.gan import GAN
 from dgm_core.models.adversarial.gmmn import GMMN
 from dgm_core.models.adversarial.improved_gan import ImprovedGAN
+from dgm_core.models.adversarial.predictability import Predictability
 from dgm_core.models.adversarial.pro_gan import ProGAN
 from dgm_core.models.adversarial.sagan import SAGAN
 from dgm_core.models.adversarial.stylegan import StyleGAN
@@ -85,6 +86,7 @@ CATALOG: dict[str, type[GenerativeModel]] = {
     "biggan": BigGAN,  # Brock, Donahue & Simonyan 2018
     "biggan_deep": BigGANDeep,  # Brock, Donahue & Simonyan 2018
     "gmmn": GMMN,  # Li, Swersky & Zemel 2015
+    "predictability": Predictability,  # Schmidhuber 1992; Schmidhuber, Eldracher & Foltin 1996
     "rbm": RBM,  # Smolensky 1986; Hinton 2002; Tieleman 2008
     "dbm": DBM,  # Salakhutdinov & Hinton 2009
     "dbn": DBN,  # Hinton, Osindero & Teh 2006

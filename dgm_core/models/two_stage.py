@@ -6,7 +6,7 @@ prior on each level's, and put them together:
     TwoStage(vq_vae2, {"top": top_prior, "bottom": bottom_prior})
 
 Each prior models exactly what `code_specs()` says of its level. The whole is sampled and evaluated like any model;
-there is nothing left to train in it.
+there is nothing left to train in it. `models/rejection.py` keeps those of its samples that a classifier trusts most.
 """
 
 from __future__ import annotations

@@ -85,12 +85,11 @@ class _Rows(nn.Module):
         self.bias = nn.Parameter(start[:, -1].clone())
         self.matrix = nn.Parameter(start[:, : self.common].clone()) if self.common else None
         self.stair = nn.Parameter(start[:, self.common : -1] * self.mask) if self.width > self.common else None
-        self._masked: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Float[Tensor, " B inputs"]) -> Float[Tensor, " B heads*rows"]:
         common = self.bias if self.matrix is None else F.linear(x[:, : self.common], self.matrix, self.bias)
         if self.stair is not None:
-            return torch.addmm(common, x[:, self.common : self.width], self._stair().t())
+            return torch.addmm(common, x[:, self.common : self.width], (self.stair * self.mask).t())
         return common if self.matrix is not None else common.expand(x.shape[0], -1)
 
     def dense(self, inputs: int) -> tuple[Float[Tensor, " heads*rows inputs"], Float[Tensor, " heads*rows"]]:
@@ -98,19 +97,8 @@ class _Rows(nn.Module):
         if self.matrix is not None:
             weight[:, : self.common] = self.matrix
         if self.stair is not None:
-            weight[:, self.common : self.width] = self._stair()
+            weight[:, self.common : self.width] = self.stair * self.mask
         return weight, self.bias
-
-    def _stair(self) -> Float[Tensor, " heads*rows width-common"]:
-        """Masked; without gradients once for each state of the weights, as the product costs as much as a layer of few
-        examples."""
-        assert self.stair is not None
-        if torch.is_grad_enabled():
-            return self.stair * self.mask
-        state = (self.stair.data_ptr(), self.stair._version)
-        if self._masked is None or self._masked[0] != state:
-            self._masked = (state, self.stair * self.mask)
-        return self._masked[1]
 
 
 class MADE(nn.Module):

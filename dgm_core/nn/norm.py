@@ -44,15 +44,13 @@ class Moments(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
-    noted: Tensor
 
     def __init__(self, channels: int, momentum: float = 0.1) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        # Sums since the last play: means, unbiased variances, and last how often; zero between plays.
-        self.register_buffer("noted", torch.zeros(2 * channels + 1), persistent=False)
+        self.noted: list[tuple[Tensor, Tensor]] = []  # means and unbiased variances since the last play
 
     def forward(self, x: Float[Tensor, " B C *grid"]) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
         if not self.training:
@@ -61,20 +59,20 @@ class Moments(nn.Module):
         self.note(mean, var * (count / (count - 1).clamp_min(1)))
         return mean, var
 
-    @torch.no_grad()
     def note(self, mean: Float[Tensor, " C"], unbiased: Float[Tensor, " C"]) -> None:
         """Remember one batch's moments until `settle`."""
-        self.noted += torch.cat([mean, unbiased, mean.new_ones(1)]).to(self.noted)
+        self.noted.append((mean.detach(), unbiased.detach()))
 
     @torch.no_grad()
     def settle(self, momentum: float | None = None) -> None:
-        """Move the running averages towards what was noted since the last time, if anything was."""
-        times = self.noted[-1]
-        mean, var = (self.noted[:-1] / times.clamp_min(1)).chunk(2)
-        rate = (times > 0).to(mean) * (self.momentum if momentum is None else momentum)
-        self.running_mean.lerp_(mean, rate)
-        self.running_var.lerp_(var, rate)
-        self.noted.zero_()
+        """Move the running averages towards the mean of what was noted since the last time, if anything was."""
+        if not self.noted:
+            return
+        means, variances = zip(*self.noted, strict=True)
+        rate = self.momentum if momentum is None else momentum
+        for running, noted in ((self.running_mean, means), (self.running_var, variances)):
+            running.lerp_((noted[0] if len(noted) == 1 else torch.stack(noted).mean(0)).to(running), rate)
+        self.noted.clear()
 
 
 class BatchNorm(nn.Module):

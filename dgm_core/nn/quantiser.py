@@ -166,15 +166,20 @@ class VectorQuantiser(nn.Module):
         self.used.copy_((share > 0).to(share).mean())
 
 
+@torch.no_grad()
 def nearest(rows: Float[Tensor, " N D"], codebook: Float[Tensor, " K D"]) -> Int[Tensor, " N"]:
     """Index of the code at the least Euclidean distance (eq. 1), without holding all N × K distances."""
+    N, K = rows.shape[0], codebook.shape[0]
     squares = codebook.square().sum(1)
-    return torch.cat(
-        [
-            torch.addmm(squares, part, codebook.T, alpha=-2).argmin(1)  # the row's own square does not matter
-            for part in rows.split(max(1, CHUNK // codebook.shape[0]))
-        ]
-    )
+    size = max(1, CHUNK // K)
+    # One buffer for all parts: what is allocated anew for each can leave holes that no later one fits into.
+    distances = rows.new_empty(min(size, N), K)
+    codes = torch.empty(N, dtype=torch.int64, device=rows.device)
+    for part, found in zip(rows.split(size), codes.split(size), strict=True):
+        held = distances[: part.shape[0]]
+        torch.addmm(squares, part, codebook.T, alpha=-2, out=held)  # the row's own square does not matter
+        torch.argmin(held, 1, out=found)
+    return codes
 
 
 def straight_through(z: Float[Tensor, " N D"], e: Float[Tensor, " N D"]) -> Float[Tensor, " N D"]:

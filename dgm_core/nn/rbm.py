@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgm_core.capabilities import AnnealedChain
-from dgm_core.precision import promote
+from dgm_core.precision import full_precision, promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -81,6 +81,11 @@ class BipartiteLayer(nn.Module, ABC):
         """a, with p(h = 1 | v) = sigmoid(a)."""
         return torch.addmm(self.hidden_bias, self.statistic(v - self.visible_offset), self.weight)
 
+    def mean_hidden_input(self, v: Float[Tensor, " B v"]) -> Float[Tensor, " h"]:
+        """⟨a⟩ over the batch, a function of c and W only."""
+        with full_precision(v.device):
+            return self.hidden_bias + self.statistic(v - self.visible_offset).detach().mean(0) @ self.weight
+
     def visible_input(
         self, h: Float[Tensor, " B h"], beta: float = 1.0, bias: Float[Tensor, " v"] | None = None
     ) -> Float[Tensor, " B v"]:
@@ -92,7 +97,8 @@ class BipartiteLayer(nn.Module, ABC):
         """ψ(u) − s(u)·b: what v costs by itself."""
         u = v - self.visible_offset
         b = self.visible_bias if bias is None else bias
-        return self.carrier(u) - promote(self.statistic(u) @ b)
+        with full_precision(v.device):  # hundreds of nats, and b's gradient, of which half precision would leave little
+            return self.carrier(u) - promote(self.statistic(u)) @ b
 
     def hidden_log_partition(self, a: Float[Tensor, " B h"]) -> Float[Tensor, " B"]:
         """log Σ_h exp(a·(h − λ))."""
@@ -111,9 +117,10 @@ class BipartiteLayer(nn.Module, ABC):
         """−log ∫ exp(−E(v, h)) dv."""
         return -(h - self.hidden_offset) @ self.hidden_bias - self.visible_log_partition(self.visible_input(h))
 
-    def gibbs(self, v: Float[Tensor, " B v"]) -> Float[Tensor, " B v"]:
-        """h ~ p(h | v), then v ~ p(v | h): reversible with respect to p(v)."""
-        return self.draw_visible(self.visible_input(draw_bernoulli(self.hidden_input(v))))
+    def gibbs(self, v: Float[Tensor, " B v"], a: Float[Tensor, " B h"] | None = None) -> Float[Tensor, " B v"]:
+        """h ~ p(h | v), then v ~ p(v | h): reversible with respect to p(v); `a` saves a product where it is known."""
+        a = self.hidden_input(v) if a is None else a
+        return self.draw_visible(self.visible_input(draw_bernoulli(a)))
 
     def chain_state(self, v: Float[Tensor, " B v"]) -> Float[Tensor, " B vh"]:
         """v beside the hidden input a that it causes: what an annealed chain runs on."""
@@ -201,6 +208,7 @@ class GaussianLayer(BipartiteLayer):
         return 0.5 * (promote(d) * self.statistic(d) + self.log_variance + math.log(2 * math.pi)).sum(-1)
 
     def draw_visible(self, d: Float[Tensor, " B v"]) -> Float[Tensor, " B v"]:
+        d = promote(d)
         return torch.addcmul(d + self.visible_offset, torch.randn_like(d), torch.exp(0.5 * self.log_variance))
 
     def bias_for(self, mean: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
@@ -247,9 +255,10 @@ class AnnealedLayer(AnnealedChain):
 
 
 def draw_bernoulli(logits: Float[Tensor, " *B"]) -> Float[Tensor, " *B"]:
-    """Draws in {0, 1} with success probability sigmoid(logits), as floats."""
-    p = torch.sigmoid(logits)
-    return (torch.rand_like(p) < p).to(p)
+    """Draws in {0, 1} with success probability sigmoid(logits), as floats of full precision: half of it knows no
+    chance below one in 256."""
+    p = torch.sigmoid(promote(logits))
+    return torch.rand_like(p).lt_(p)
 
 
 def all_states(units: int, device: torch.device) -> Iterator[Int[Tensor, " chunk units"]]:

@@ -111,8 +111,8 @@ def use_capabilities(model: GenerativeModel, batch: Batch) -> None:
     if isinstance(model, HasLikelihood):
         model.log_prob(batch.x, batch.y, batch.context)
     if isinstance(model, HasPosterior):
-        model.posterior(batch.x, batch.y)
-        model.kl(batch.x, batch.y)
+        model.posterior(batch.x, batch.y, batch.context)
+        model.kl(batch.x, batch.y, batch.context)
     if isinstance(model, HasDecoder):
         model.decode(model.draw_latent(len(batch.x)), batch.y, batch.context)
     if isinstance(model, HasCodes):

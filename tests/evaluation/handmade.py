@@ -72,11 +72,13 @@ class Everything(Blank, HasLikelihood, HasPosterior, HasDecoder, HasCodes):
     ) -> Tensor:
         return -16 * math.log(256) - torch.rand(x.shape[0], samples).exp().mean(1)
 
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> torch.distributions.Distribution:
+    def posterior(
+        self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
+    ) -> torch.distributions.Distribution:
         mean = self.halves(x)
         return torch.distributions.Independent(torch.distributions.Normal(mean, 0.1 * torch.ones_like(mean)), 1)
 
-    def kl(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def kl(self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Tensor:
         return 0.5 * (self.halves(x).square() + 0.01 - 1 - math.log(0.01))
 
     def draw_latent(self, n: int) -> Tensor:

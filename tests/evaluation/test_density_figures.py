@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dgm_core.capabilities import HasDecoder, HasInverse, HasLikelihood
 from dgm_core.contract import DataSpec
-from dgm_core.evaluation import drawing, figures
+from dgm_core.evaluation import drawing, figures, interpolations
 from dgm_core.evaluation.examples import take
 from dgm_core.models.latent.ppca import PPCA
 from tests.evaluation.handmade import IMAGES, Blank, images
@@ -148,15 +148,14 @@ def corners(sheet: np.ndarray, rows: int, columns: int) -> np.ndarray:
 @pytest.mark.parametrize("by_labels", [False, True])
 def test_interpolations_by_an_inverse_run_between_test_examples(by_labels: bool):
     batch = images(40)
-    drawn = figures.interpolations(Shift(), batch, IMAGES, None, by_labels=by_labels)
-    assert drawn is not None
-    assert "along the sphere between their latents" in drawn[1]
+    drawn = interpolations.interpolations(Shift(), batch, IMAGES, None, by_labels=by_labels)
+    assert "along the sphere between their latents" in drawn.caption
     # By labels one row a class: an end of another class would not be reproduced.
     one_a_class = batch.rows(torch.tensor([0, 1, 38, 39]))
-    ends = one_a_class if by_labels else take(iter([batch]), 2 * figures.ROWS)
+    ends = one_a_class if by_labels else take(iter([batch]), 2 * interpolations.ROWS)
     rows = len(ends.x) // 2
-    assert pixels(drawn[0]).shape[0] == rows * (64 + drawing.GAP) + drawing.GAP
-    shown, stored = corners(pixels(drawn[0]), rows, figures.STEPS), ends.x[:, 0, 0, 0].int().numpy()
+    shown, stored = drawn.shown[:, :, 0, 0, 0].int().numpy(), ends.x[:, 0, 0, 0].int().numpy()
+    assert len(shown) == rows
     # Great-circle arithmetic in float32 on pixels of up to 255, cut to whole levels.
     assert np.abs(shown[:, 0] - stored[:rows]).max() <= 1
     assert np.abs(shown[:, -1] - stored[rows:]).max() <= 1

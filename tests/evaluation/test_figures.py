@@ -10,9 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dgm_core.capabilities import HasReceptiveFields
 from dgm_core.contract import Batch, DataSpec
-from dgm_core.evaluation import drawing, figures
-from tests.evaluation.handmade import IMAGES, Everything, Ising, images
+from dgm_core.evaluation import drawing, figures, interpolations
+from dgm_core.models import CATALOG
+from dgm_core.models.belief.nvil import NVIL
+from dgm_core.models.boltzmann.base import DeepMachine
+from dgm_core.models.boltzmann.rbm import RBM
+from dgm_core.models.latent.vae import VAE
+from tests.evaluation.handmade import IMAGES, Blank, Everything, images
 
 GREY = DataSpec("image", (1, 16, 16), 256)
 
@@ -88,13 +94,10 @@ def test_bytes_depend_on_the_input_alone():
 
 
 def test_interpolations_run_between_two_reconstructions():
-    model, batch = Everything(), images(40)
-    drawn = figures.interpolations(model, batch, IMAGES, None)
-    assert drawn is not None
-    sheet = pixels(drawn[0])
-    side, gap, steps = 64, drawing.GAP, figures.STEPS
-    assert sheet.shape[:2] == (8 * (side + gap) + gap, steps * (side + gap) + gap)
-    left = [int(sheet[gap + 8, gap + i * (side + gap) + 8, 0]) for i in range(steps)]
+    model, batch, steps = Everything(), images(40), 7
+    shown = interpolations.interpolations(model, batch, IMAGES, None, steps=steps).shown
+    assert shown.shape == (8, steps, 3, 4, 4)
+    left = shown[0, :, 0, 0, 0].int().tolist()
     ends = model.decode(model.posterior(batch.x[:1]).mean)[0, 0, 0, 0].item()
     assert left[0] == pytest.approx(ends, abs=1)
     # A line between latents is a line in this model's pictures: equal steps, up to rounding.
@@ -105,7 +108,7 @@ def test_draws_are_joined_along_the_sphere():
     a, b = torch.randn(2, 50, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
     a, b = a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)
     for t in (0.0, 0.3, 0.5, 1.0):
-        between = figures._slerp(a, b, t)
+        between = interpolations._slerp(a, b, t)
         assert torch.allclose(between.norm(dim=1), torch.ones(2, dtype=torch.float64))
         angle = torch.arccos((a * b).sum(1))
         assert torch.allclose(torch.arccos((a * between).sum(1).clamp(-1, 1)), t * angle, atol=1e-6)
@@ -124,15 +127,15 @@ def test_traversals_vary_the_dimensions_of_the_greatest_kl_first():
 
 
 def test_receptive_fields_are_the_columns_of_the_matrix():
-    class Energy(Ising):
-        def __init__(self) -> None:
-            super().__init__(exact=True)
+    spec = DataSpec("image", (1, 2, 2), 2)
+
+    class Units(Blank, HasReceptiveFields):
+        def receptive_fields(self) -> Tensor:
             weight = torch.zeros(4, 3)
             weight[1, 2], weight[0, 0], weight[:, 1] = -2.0, 1.0, 0.1
-            self.weight = torch.nn.Parameter(weight)
+            return weight.T.unflatten(1, (1, 2, 2))
 
-    spec = DataSpec("image", (1, 2, 2), 2)
-    drawn = figures.receptive_fields(Energy(), spec, 2)
+    drawn = figures.receptive_fields(Units(spec), spec, 2)
     assert drawn is not None
     sheet = pixels(drawn[0]).astype(int)
     side, gap = 64, drawing.GAP
@@ -169,3 +172,30 @@ def test_by_class_has_a_row_a_class():
     drawn = figures.by_class(batch.x, 3, IMAGES, None)
     assert drawn is not None
     assert pixels(drawn[0]).shape[0] == 3 * (64 + drawing.GAP) + drawing.GAP
+
+
+@pytest.mark.parametrize("name", ["rbm", "dbm", "dbn", "nvil", "vae"])
+def test_models_name_the_weights_of_their_units(name: str):
+    """What a unit of the first hidden layer gains, or a belief net's pixel, where the other is lit."""
+    spec = DataSpec("image", (1, 2, 3), 2, 2)
+    torch.manual_seed(0)
+    model_class = CATALOG[name]
+    model = model_class(model_class.tiny(spec)[0], spec).double()
+    assert isinstance(model, HasReceptiveFields)
+    fields = model.receptive_fields()
+    assert fields is not None
+    assert fields.shape[1:] == spec.shape
+    flat, off, on = fields.flatten(1), torch.zeros(1, 6).double(), torch.eye(6).double()
+    if isinstance(model, RBM):
+        gained = model.layer.hidden_input(on) - model.layer.hidden_input(off)
+    elif isinstance(model, DeepMachine):
+        gained = model.layer(0).hidden_input(on) - model.layer(0).hidden_input(off)
+    elif isinstance(model, NVIL):
+        units = torch.eye(len(flat)).double()
+        gained = (model.generative.inputs(0, units) - model.generative.inputs(0, 0 * units)).T
+    else:
+        assert isinstance(model, VAE)
+        first = model.encoder[0]  # pyright: ignore[reportIndexIssue]
+        label = torch.zeros(1, first.in_features - 6).double()
+        gained = first(torch.cat([on, label.expand(6, -1)], 1)) - first(torch.cat([off, label], 1))
+    assert torch.allclose(gained.T, flat, atol=1e-12)  # float64 differences of numbers near one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from dgm_core.capabilities import HasPosterior
 from dgm_core.contract import Batch, DataSpec
-from dgm_core.evaluation import latents
+from dgm_core.evaluation import latents, reconstructions
 from dgm_core.evaluation.record import EvaluationConfig
 from dgm_core.models.latent.ppca import PPCA
 from tests.evaluation.handmade import IMAGES, Blank, Everything, images
@@ -24,12 +25,12 @@ class Constructed(Blank, HasPosterior):
         super().__init__(DataSpec("vector", (1,), None))
         self.scale = scale
 
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+    def posterior(self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Distribution:
         mean = torch.cat([x, 0.09 * x, 0 * x], 1)
         sd = torch.tensor([self.scale, 0.9, 1.0], dtype=x.dtype).expand_as(mean)
         return Independent(Normal(mean, sd), 1)
 
-    def kl(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def kl(self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Tensor:
         q = self.posterior(x).base_dist  # type: ignore[attr-defined]
         return torch.distributions.kl_divergence(q, Normal(torch.zeros_like(q.mean), 1.0))
 
@@ -81,7 +82,7 @@ def test_collapse_is_said_in_words():
 
 def test_a_posterior_without_a_mean_is_drawn_from():
     class Flow(Constructed):
-        def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+        def posterior(self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Distribution:
             from torch.distributions import TransformedDistribution
             from torch.distributions.transforms import TanhTransform
 
@@ -99,8 +100,8 @@ def test_reconstruction_error_is_the_projections():
     model.weight.copy_(torch.tensor([[3.0], [0.0]]))
     model.log_variance.fill_(-30.0)
     batch = Batch(torch.randn(100, 2, dtype=torch.float64))
-    reconstructed, how = latents.reconstruct(model, batch, 33)
-    metric = latents.reconstruction_metrics(reconstructed, how, batch, model.data, None)["reconstruction_mse"]
+    reconstructed, how = reconstructions.reconstruct(model, batch, 33)
+    metric = reconstructions.reconstruction_metrics(reconstructed, how, batch, model.data, None)["reconstruction_mse"]
     assert how == "mean"
     # σ²/9 ≈ 1e-14 of shrinkage is far below what is compared.
     assert metric.value == pytest.approx(batch.x[:, 1].square().mean().item() / 2, rel=1e-9)
@@ -109,12 +110,12 @@ def test_reconstruction_error_is_the_projections():
 def test_integer_data_is_measured_on_the_unit_interval():
     batch = images(30)
     shifted = batch.x.float() + 25.5
-    metric = latents.reconstruction_metrics(shifted, "mean", batch, IMAGES, None)["reconstruction_mse"]
+    metric = reconstructions.reconstruction_metrics(shifted, "mean", batch, IMAGES, None)["reconstruction_mse"]
     assert metric.value == pytest.approx(0.01, rel=1e-5)
 
 
 def test_codes_come_before_latents():
     model = Everything()
-    assert latents.can_reconstruct(model)
-    assert not latents.can_reconstruct(Constructed())
-    assert latents.reconstruct(model, images(4), 2)[1] == "codes"
+    assert reconstructions.can_reconstruct(model)
+    assert not reconstructions.can_reconstruct(Constructed())
+    assert reconstructions.reconstruct(model, images(4), 2)[1] == "codes"

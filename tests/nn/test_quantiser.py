@@ -38,6 +38,21 @@ def test_nearest_is_the_brute_force_minimum_in_any_chunking(monkeypatch):
         assert torch.equal(nearest(rows, codebook), brute)
 
 
+def test_distances_are_held_in_one_small_buffer(monkeypatch):
+    """Not in a new one for each part: those left holes in the heap, until all N × K distances were held after all."""
+    held, original = [], torch.addmm
+
+    def watch(*args, out, **options):
+        held.append((out.untyped_storage().data_ptr(), out.untyped_storage().nbytes()))
+        return original(*args, out=out, **options)
+
+    monkeypatch.setattr(module, "CHUNK", 8 * K)
+    monkeypatch.setattr(torch, "addmm", watch)
+    nearest(torch.randn(101, D), torch.randn(K, D))
+    assert len(held) == 13
+    assert set(held) == {(held[0][0], 4 * 8 * K)}
+
+
 @pytest.mark.parametrize("shape", [(5, 4, 3), (5, 7)])
 def test_value_codes_and_losses(shape):
     q, z = make(), grids(*shape)

@@ -40,9 +40,9 @@ def write_run(root: Path, name: str, metrics: dict[str, Any], columns: dict[str,
     folder = root / "evaluations" / name
     (folder / "figures").mkdir(parents=True)
     figures = []
-    for shade, what in enumerate(("real", "reconstructions", "samples", "interpolations")):
-        Image.new("L", (34, 34), 60 * shade).save(folder / "figures" / f"{what}.png")
-        figures.append({"file": f"figures/{what}.png", "caption": f"{what.capitalize()} (4)"})
+    for shade, file in enumerate(("real.png", "reconstructions.png", "samples.png", "interpolations.gif")):
+        Image.new("L", (34, 34), 60 * shade).save(folder / "figures" / file)
+        figures.append({"file": f"figures/{file}", "caption": f"{file[:-4].capitalize()} (4)"})
     warnings = [f"the codebook uses 3 of `codes` 128 {SCRIPT}"] if name == "vqvae" else []
     about = {"metrics": metrics, "figures": figures, "warnings": warnings, "environment": {"torch": "2.13.0"}}
     (folder / "evaluation.json").write_text(json.dumps(about))

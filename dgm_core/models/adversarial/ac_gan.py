@@ -160,6 +160,9 @@ class ACGAN(AdversarialModel):
         source, named = game(score), _misnamed(logits, self.labels_of(batch))
         return Loss(source + named, {"source_loss": source.detach(), "class_loss": named.detach()})
 
+    def score(self, x: Float[Tensor, " B *shape"], y: Int[Tensor, " B"] | None) -> Float[Tensor, " B"]:
+        return self.discriminator(x)[0]
+
 
 def _misnamed(logits: Float[Tensor, " B classes"], y: Int[Tensor, " B"]) -> Float[Tensor, ""]:
     """−E log P(C = c | x)."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dgm_core.capabilities import HasDecoder
+from dgm_core.capabilities import HasCritic, HasDecoder
 from dgm_core.config import Strict
 from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss, Turn
 from dgm_core.nn.norm import channel_moments, settle, standing_statistics
@@ -77,10 +77,9 @@ class ImplicitModel(GenerativeModel, HasDecoder):
     def decode(
         self, z: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
     ) -> Float[Tensor, " B *shape"]:
-        """The one sample of this z (and class); for integers the middle of the interval that is rounded to it."""
+        """The one sample of this z (and class)."""
         labels = self.labels_for(z.shape[0], y) if self.conditional else None
-        x = self.to_data(self.generate(z.to(self._dtype), labels))
-        return x if self.data.levels is None else (x - 0.5).clamp(0, self.data.levels - 1)
+        return self.to_units(self.generate(z.to(self._dtype), labels))
 
     def sample(self, n: int, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Tensor:
         labels = self.labels_for(n, y) if self.conditional else None
@@ -94,6 +93,11 @@ class ImplicitModel(GenerativeModel, HasDecoder):
 
     def to_data(self, x: Float[Tensor, " B *shape"]) -> Float[Tensor, " B *shape"]:
         return x * self._lift(self.scale) + self._lift(self.shift)
+
+    def to_units(self, x: Float[Tensor, " B *shape"]) -> Float[Tensor, " B *shape"]:
+        """As `decode` gives it: for integers the middle of the interval that is rounded to each."""
+        x = self.to_data(x)
+        return x if self.data.levels is None else (x - 0.5).clamp(0, self.data.levels - 1)
 
     def to_stored(self, x: Float[Tensor, " B *shape"]) -> Tensor:
         """As the data is stored: integers are those whose interval x lies in."""
@@ -110,7 +114,7 @@ class ImplicitModel(GenerativeModel, HasDecoder):
         return channels.reshape(-1, *(1,) * (len(self.data.shape) - 1))
 
 
-class AdversarialModel(ImplicitModel):
+class AdversarialModel(ImplicitModel, HasCritic):
     """A concrete model builds the generator and its opponent (network units -> (B,) scores), and states their two
     losses.
 
@@ -157,6 +161,22 @@ class AdversarialModel(ImplicitModel):
     @abstractmethod
     def generator_loss(self, batch: Batch, fake: Float[Tensor, " B *shape"], clock: Clock) -> Loss:
         """Of a batch of samples, in network units, and the data that came with its turn."""
+
+    @property
+    def threshold(self) -> float | None:
+        return 0.0 if self.opponent == "discriminator" else None
+
+    def data_scores(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B"]:
+        return self.score(self.to_network(x), self.labels_of(Batch(x, y)) if self.conditional else None)
+
+    def sample_scores(self, n: int) -> Float[Tensor, " n"]:
+        y = self.draw_labels(n) if self.conditional else None
+        return self.score(self.generate(self.draw_latent(n), y), y)
+
+    def score(self, x: Float[Tensor, " B *shape"], y: Int[Tensor, " B"] | None) -> Float[Tensor, " B"]:
+        """The opponent's, of what is in network units."""
+        opponent = self.get_submodule(self.opponent)
+        return opponent(x) if y is None else opponent(x, y)
 
     def after(self, turn: str, clock: Clock) -> None:
         settle(self)

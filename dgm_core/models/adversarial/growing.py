@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dgm_core.capabilities import HasCritic
 from dgm_core.config import Optimizer, Recipe, Strict
 from dgm_core.contract import Batch, Clock, DataSpec, Loss, Turn
 from dgm_core.models.adversarial.base import ImplicitModel, only_images
@@ -37,7 +38,7 @@ class GrowingConfig(Strict):
     )
 
 
-class GrowingGAN(ImplicitModel):
+class GrowingGAN(ImplicitModel, HasCritic):
     """A concrete model builds `generator` (latents, stage -> image at the stage's size) and its opponent, of grids with
     so many channels as `widths` says."""
 
@@ -100,6 +101,17 @@ class GrowingGAN(ImplicitModel):
     def after(self, turn: str, clock: Clock) -> None:
         _, stage = self.where(turn, clock)
         self.grown.fill_(stage.level - 1 + stage.alpha)
+
+    @property
+    def threshold(self) -> float | None:
+        return 0.0 if self.opponent == "discriminator" else None
+
+    def data_scores(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B"]:
+        return self.get_submodule(self.opponent)(self.shown(Batch(x), self.stage), self.stage)
+
+    def sample_scores(self, n: int) -> Float[Tensor, " n"]:
+        fake = self.generator(self.draw_latent(n), self.stage).to(self._dtype)
+        return self.get_submodule(self.opponent)(fake, self.stage)
 
     @property
     def stage(self) -> Stage:

@@ -32,6 +32,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dgm_core.capabilities import HasStyles
 from dgm_core.config import Optimizer, Recipe
 from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, Loss, Turn
 from dgm_core.models.adversarial.growing import GrowingConfig, GrowingGAN, recipe_of
@@ -86,7 +87,7 @@ def halving(channels: int, out: int) -> nn.Sequential:
     return nn.Sequential(first, nn.LeakyReLU(SLOPE), Blur(), second, nn.AvgPool2d(2), nn.LeakyReLU(SLOPE))
 
 
-class StyleGAN(GrowingGAN):
+class StyleGAN(GrowingGAN, HasStyles):
     """The non-saturating game with R1 between a style-based generator and a discriminator that grow; images only."""
 
     class Config(GrowingConfig):
@@ -182,6 +183,15 @@ class StyleGAN(GrowingGAN):
         """In network units: layers below `cut` in the style of one latent, the others of another (figure 3)."""
         a, b = self.generator.mapping(coarse), self.generator.mapping(fine)
         return self.draw(crossed(a, b, cut, layers_at(self.stage)), 0.0)
+
+    @property
+    def style_layers(self) -> int:
+        return layers_at(self.stage)
+
+    def decode_mixed(
+        self, coarse: Float[Tensor, " B latents"], fine: Float[Tensor, " B latents"], cut: int
+    ) -> Float[Tensor, " B *shape"]:
+        return self.to_units(self.mixed(coarse, fine, cut))
 
     def sample(
         self,

@@ -2,7 +2,7 @@
 
 log p(x | y, context) = Σ_i log p(x_i | x_<i, y, context) over rows, within a row columns, within a pixel channels
 (R → G → B); a sequence or a vector is a grid of one row. Every coordinate has a softmax over its levels, computed in
-single precision or better, unless a model overrides `log_likelihood` and `draw`. Images enter a network as intensities
+single precision or better, unless a model overrides `log_terms` and `draw`. Images enter a network as intensities
 scaled to [−1, 1], codes as learnt embeddings (a one-hot code followed by a 1×1 convolution).
 
 A concrete model sets `network` and `conditioner`; the network maps a grid of integers to logits in one pass
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgm_core.capabilities import HasCompletion, HasLikelihood
+from dgm_core.capabilities import HasCompletion, HasConditionals, HasLikelihood
 from dgm_core.config import Strict
 from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss
 from dgm_core.nn.causal import Pointwise
@@ -115,7 +115,7 @@ class Conditioner(nn.Module):
 FORMS = {"grid": "images (C, H, W) and codes (H, W)", "sequence": "audio and codes (T,)", "vector": "vectors (D,)"}
 
 
-class RasterModel(GenerativeModel, HasLikelihood, HasCompletion):
+class RasterModel(GenerativeModel, HasLikelihood, HasConditionals, HasCompletion):
     """The algorithms that follow from a network of conditionals in raster order."""
 
     exact = True
@@ -151,10 +151,19 @@ class RasterModel(GenerativeModel, HasLikelihood, HasCompletion):
         grid = self._grid(x)
         return self.log_likelihood(grid, self.network(grid, self.conditioner(grid.shape[0], y, context)))
 
+    def log_conditionals(
+        self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
+    ) -> Float[Tensor, " B C H W"]:
+        grid = self._grid(x)
+        return self.log_terms(grid, self.network(grid, self.conditioner(grid.shape[0], y, context)))
+
     def log_likelihood(self, grid: Int[Tensor, " B C H W"], logits: Tensor) -> Float[Tensor, " B"]:
         """Nats of the grid, from what the network says of it."""
-        logits = promote(logits)
-        return -F.cross_entropy(logits.movedim(-1, 1), grid, reduction="none").flatten(1).sum(1)
+        return self.log_terms(grid, logits).flatten(1).sum(1)
+
+    def log_terms(self, grid: Int[Tensor, " B C H W"], logits: Tensor) -> Float[Tensor, " B C H W"]:
+        """Nats of each coordinate; the channels may be taken together."""
+        return -F.cross_entropy(promote(logits).movedim(-1, 1), grid, reduction="none")
 
     def draw(
         self, logits: Float[Tensor, " n levels"], uniform: Float[Tensor, " n"], temperature: float, top_p: float

@@ -252,6 +252,16 @@ class MADE(RasterModel):
         each = [self.log_likelihood(grid, self.network(grid, condition, order)) for order in orders]
         return torch.stack(each).logsumexp(0) - math.log(len(orders))
 
+    def log_conditionals(
+        self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}
+    ) -> Float[Tensor, " B C H W"]:
+        if self.config.orders > 1:
+            raise DataMismatch(
+                f"this model is a mixture over {self.config.orders} orders, so that no coordinates come before another "
+                "for good; train one with orders=1"
+            )
+        return super().log_conditionals(x, y, context)
+
     def complete(
         self,
         x: Tensor,

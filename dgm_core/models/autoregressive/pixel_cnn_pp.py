@@ -270,8 +270,8 @@ class PixelCNNPP(RasterModel):
         with torch.no_grad(), starting(self.network):
             self.network(grid, self.conditioner(grid.shape[0], y, context))
 
-    def log_likelihood(self, grid: Int[Tensor, " B C H W"], theta: Tensor) -> Float[Tensor, " B"]:
-        return self.network.mixture.log_prob(grid, theta).flatten(1).sum(1)
+    def log_terms(self, grid: Int[Tensor, " B C H W"], theta: Tensor) -> Float[Tensor, " B 1 H W"]:
+        return self.network.mixture.log_prob(grid, theta)[:, None]
 
     def _nothing(self) -> Batch:
         """The batch of a rank without a share of the data: it takes part in the moments all the same."""

@@ -114,10 +114,10 @@ class WaveNet(RasterModel):
             with torch.no_grad():
                 self.network.out.bias.copy_(self.mixture.first())
 
-    def log_likelihood(self, grid: Int[Tensor, " B 1 1 T"], logits: Tensor) -> Float[Tensor, " B"]:
+    def log_terms(self, grid: Int[Tensor, " B 1 1 T"], logits: Tensor) -> Float[Tensor, " B 1 1 T"]:
         if self.mixture is None:
-            return super().log_likelihood(grid, logits)
-        return self.mixture.log_prob(grid, logits).flatten(1).sum(1)
+            return super().log_terms(grid, logits)
+        return self.mixture.log_prob(grid, logits).view_as(grid)
 
     def draw(
         self, logits: Float[Tensor, " n params"], uniform: Float[Tensor, " n"], temperature: float, top_p: float

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgm_core import distributed
-from dgm_core.capabilities import HasLikelihood
+from dgm_core.capabilities import HasLikelihood, HasReceptiveFields
 from dgm_core.config import Strict
 from dgm_core.contract import Batch, DataMismatch, DataSpec, GenerativeModel
 from dgm_core.nn.belief import ENUMERABLE, RecognitionNet, SigmoidBeliefNet
@@ -32,7 +32,7 @@ class Layered(Strict):
     )
 
 
-class BeliefNet(GenerativeModel, HasLikelihood):
+class BeliefNet(GenerativeModel, HasLikelihood, HasReceptiveFields):
     """A net of sigmoid units in layers over data of two levels, whatever its shape.
 
     The likelihood is exact where there are at most 16 hidden units, else a lower bound.
@@ -94,6 +94,10 @@ class BeliefNet(GenerativeModel, HasLikelihood):
     def sample(self, n: int, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Tensor:
         """From the top down, each layer given the one above."""
         return self.generative.draw(n)[0].unflatten(1, self.data.shape).to(self.data.dtype)
+
+    def receptive_fields(self) -> Float[Tensor, " hidden *shape"]:
+        """Of the generative weights: what each unit of the first hidden layer adds to the data's logits."""
+        return self.generative.affine(0)[0].T.unflatten(1, self.data.shape)
 
     def visible(self, x: Tensor) -> Float[Tensor, " B v"]:
         """From data units."""

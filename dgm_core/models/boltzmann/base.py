@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dgm_core import distributed
-from dgm_core.capabilities import HasEnergy, HasLikelihood
+from dgm_core.capabilities import HasEnergy, HasGibbs, HasLikelihood, HasReceptiveFields
 from dgm_core.config import Strict
 from dgm_core.contract import Batch, DataMismatch, DataSpec, GenerativeModel
 from dgm_core.nn.rbm import ENUMERABLE, AnnealedLayer, BernoulliLayer
@@ -35,7 +35,7 @@ class Layered(Strict):
 HiddenSizes = tuple[Annotated[int, Field(ge=1)], ...]
 
 
-class DeepMachine(GenerativeModel, HasLikelihood, HasEnergy):
+class DeepMachine(GenerativeModel, HasLikelihood, HasEnergy, HasGibbs, HasReceptiveFields):
     """log p(x) = −F(x) − log Z with F(x) out of reach, so that `free_energy` is the variational bound above it, and
     `log_prob` a bound from below.
 
@@ -143,6 +143,23 @@ class DeepMachine(GenerativeModel, HasLikelihood, HasEnergy):
         assert total is not None
         return total - math.log(samples)
 
+    # Sampling.
+
+    @torch.no_grad()
+    def chain(self, x: Tensor) -> Iterator[Tensor]:
+        state = self.machine_state(self.visible(x))
+        while True:
+            state = self.machine.gibbs(state)
+            yield self.stored(self.shown(state))
+
+    @abstractmethod
+    def machine_state(self, v: Float[Tensor, " B v"]) -> Tensor:
+        """A state of the machine's visible side that goes with data v."""
+
+    def shown(self, state: Tensor) -> Float[Tensor, " B v"]:
+        """Data that goes with a state of the machine's visible side; its first units, unless said otherwise."""
+        return state[:, : self.data.dims]
+
     # Layers and data.
 
     def layer(self, level: int) -> BernoulliLayer:
@@ -150,6 +167,9 @@ class DeepMachine(GenerativeModel, HasLikelihood, HasEnergy):
         layer = self.layers[level]
         assert isinstance(layer, BernoulliLayer)
         return layer
+
+    def receptive_fields(self) -> Float[Tensor, " hidden *shape"]:
+        return self.layer(0).weight.T.unflatten(1, self.data.shape)
 
     def visible(self, x: Tensor) -> Float[Tensor, " B v"]:
         """From data units."""
@@ -180,6 +200,17 @@ class DeepMachine(GenerativeModel, HasLikelihood, HasEnergy):
     @abstractmethod
     def activities(self, v: Float[Tensor, " B v"], levels: int) -> list[Float[Tensor, " B n"]]:
         """x and probabilities of the hidden layers below `levels`, passed up as they are: no draws."""
+
+
+def chains_held(total: int) -> int:
+    """How many of all workers' chains are this one's."""
+    share = distributed.share(total)
+    if share.stop == share.start:
+        raise ValueError(
+            f"{total} chains do not go round {distributed.world_size()} workers: give `chains` at least one a worker, "
+            "or use fewer workers"
+        )
+    return share.stop - share.start
 
 
 def same(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:

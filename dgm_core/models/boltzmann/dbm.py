@@ -45,11 +45,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from dgm_core import distributed
 from dgm_core.capabilities import HasCompletion
 from dgm_core.config import Optimizer, Recipe
 from dgm_core.contract import Batch, Clock, DataSpec, Loss, Turn
-from dgm_core.models.boltzmann.base import DeepMachine, HiddenSizes, Layered, same, two_valued
+from dgm_core.models.boltzmann.base import DeepMachine, HiddenSizes, Layered, chains_held, same, two_valued
 from dgm_core.models.boltzmann.doubled import DoubledRBM
 from dgm_core.nn.rbm import BernoulliLayer, draw_bernoulli
 from dgm_core.objectives.contrastive import contrast, run_chain
@@ -98,17 +97,10 @@ class DBM(DeepMachine, HasCompletion):
 
     def __init__(self, config: Config, data: DataSpec) -> None:
         super().__init__(config, config.hidden, data)
-        share = distributed.share(config.chains)
-        held = share.stop - share.start
-        if held == 0:
-            raise ValueError(
-                f"{config.chains} chains do not go round {distributed.world_size()} workers: give `chains` at least "
-                "one a worker, or use fewer workers"
-            )
         self.even, self.odd = list(self.sizes[::2]), list(self.sizes[1::2])
         self.register_buffer("base_mean", torch.full((sum(self.even),), 0.5))
         self._machine: tuple[list[Tensor], BernoulliLayer] | None = None
-        self.register_buffer("particles", draw_bernoulli(torch.zeros(held, sum(self.even))))
+        self.register_buffer("particles", draw_bernoulli(torch.zeros(chains_held(config.chains), sum(self.even))))
 
     # Learning.
 
@@ -313,6 +305,10 @@ class DBM(DeepMachine, HasCompletion):
         are."""
         start = self.particles[torch.arange(n, device=self.device) % len(self.particles)]
         return self.stored(run_chain(self.gibbs, start, burn_in)[:, : self.data.dims])
+
+    def machine_state(self, v: Float[Tensor, " B v"]) -> Float[Tensor, " B even"]:
+        """Even layers, the hidden ones drawn from the mean field."""
+        return torch.cat([v, *(torch.bernoulli(m) for m in self.mean_field(v, SWEEPS, TOLERANCE)[1::2])], 1)
 
     @torch.no_grad()
     def complete(

@@ -224,7 +224,15 @@ class DBN(DeepMachine):
     ) -> Tensor:
         """`burn_in` Gibbs steps at the top, from independent units with the data's means, then one pass down."""
         state = run_chain(self.machine.gibbs, self.draw_base(n), burn_in)
-        return self.stored(self.generate(state, self._stacked)[0])
+        return self.stored(self.shown(state))
+
+    def machine_state(self, v: Float[Tensor, " B v"]) -> Float[Tensor, " B n"]:
+        """One pass up."""
+        return self.recognise(v, self._stacked)[-1]
+
+    def shown(self, state: Float[Tensor, " B n"]) -> Float[Tensor, " B v"]:
+        """One pass down."""
+        return self.generate(state, self._stacked)[0]
 
     def _mean(self, level: int) -> Float[Tensor, " n"]:
         return self.get_buffer(f"mean{level}")

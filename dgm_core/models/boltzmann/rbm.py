@@ -7,9 +7,10 @@ p(v) = e^{−F(v)} / Z with F(v) = −log Σ_h e^{−E(v, h)} and the centred en
     E(v, h) = −(v − μ)·b − c·(h − λ) − (v − μ)ᵀ W (h − λ).
 
 A play descends mean F(v⁺) − mean F(v⁻), samples held fixed; v⁻ come from k Gibbs steps started at the data (CD-k) or
-from persistent chains that take k steps at the parameters of the play that uses them (PCD-k); `exact` has log Z, by
-enumeration, in place of the second term. For the energy above the plain gradient is the centred one (Algorithm 1 of the
-centring paper),
+from persistent chains that take k steps from play to play (PCD-k), by themselves or beside chains at lower inverse
+temperatures with which they change places (`tempering`: G. Desjardins et al., 2010, PMLR 9:145–152; see
+`nn/tempering.py`); `exact` has log Z, by enumeration, in place of the second term. For the energy above the plain
+gradient is the centred one (Algorithm 1 of the centring paper),
 
     ∇W = ⟨(v − μ)(h − λ)ᵀ⟩_data − ⟨(v − μ)(h − λ)ᵀ⟩_model,   ∇b = ⟨v⟩_data − ⟨v⟩_model,   ∇c = ⟨h⟩_data − ⟨h⟩_model,
 
@@ -18,11 +19,16 @@ with p(h = 1 | v) in place of h. The offsets start at the data's mean and at ½ 
 keep the distribution where it is. `centred: false` is μ = λ = 0. Real-valued data has Gaussian visibles, v | h ~
 N(μ + b + W (h − λ), σ²), with σ² a coordinate learned through its logarithm (K. Cho, A. Ilin, T. Raiko, 2011.
 doi:10.1007/978-3-642-21735-7_2) or fixed; its recipe and start, with few hidden units on, follow J. Melchior, N. Wang,
-L. Wiskott, 2017. doi:10.1371/journal.pone.0171015.
+L. Wiskott, 2017. doi:10.1371/journal.pone.0171015. `weight_cost` (½ cost ‖W‖²) and `sparsity` are those of sections 10
+and 11 of G. Hinton's practical guide, 2010 (UTML TR 2010–003); neither is on by default.
 
 Departures: the offsets move after a play's step, not before its gradient: a batch that is spread over microbatches and
-workers is whole only then. At ν = 0.01 they lag by one batch in a hundred. Real-valued data is standardised, not
-whitened, and σ² starts below the data's variance: where it equals it and W is small, CD's gradient vanishes.
+workers is whole only then. At ν = 0.01 they lag by one batch in a hundred; the sparsity's running activity does alike.
+Real-valued data is standardised, not whitened, and σ² starts below the data's variance: where it equals it and W is
+small, CD's gradient vanishes. A persistent chain's steps are at the parameters of the play that uses their end, but for
+the first step's hidden units: these are drawn with the inputs that the play before has found for its gradient. Tempered
+chains end at the base-rate model, not at the uniform one, change places by their visible units with the hidden ones
+summed out, and have fixed temperatures.
 Expected: −142.6 nats a test example (exact) on thresholded MNIST, 16 hidden units, centred, PCD-1, mean of epochs 46 to
 50; −149.1 not centred (both published with the PyDeep library): `make results ROW=rbm_mnist`.
 """
@@ -38,26 +44,25 @@ from pydantic import Field
 from torch import Tensor
 
 from dgm_core import distributed
-from dgm_core.capabilities import HasCompletion, HasEnergy, HasLikelihood
-from dgm_core.config import Optimizer, Recipe, Strict
-from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss
+from dgm_core.capabilities import HasCompletion, HasEnergy, HasGibbs, HasLikelihood, HasReceptiveFields
+from dgm_core.config import Optimizer, Recipe
+from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, Loss
+from dgm_core.models.boltzmann.base import same
+from dgm_core.models.boltzmann.negative import NegativePhase, Sampled
 from dgm_core.nn.rbm import ENUMERABLE, AnnealedLayer, BernoulliLayer, BipartiteLayer, GaussianLayer
 from dgm_core.objectives.contrastive import contrast, run_chain
+from dgm_core.objectives.sparsity import sparsity
+from dgm_core.precision import promote
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-class RBM(GenerativeModel, HasLikelihood, HasEnergy, HasCompletion):
+class RBM(NegativePhase, HasLikelihood, HasEnergy, HasCompletion, HasGibbs, HasReceptiveFields):
     """One layer of hidden units over Bernoulli (two levels) or Gaussian (real-valued) visibles of any shape."""
 
-    class Config(Strict):
+    class Config(Sampled):
         hidden: int = Field(default=500, ge=1)
-        negative: Literal["pcd", "cd", "exact"] = Field(
-            default="pcd", description="chains that persist, or that start at the data; or log Z by enumeration"
-        )
-        gibbs: int = Field(default=1, ge=1, description="k, Gibbs steps a play")
-        chains: int = Field(default=100, ge=1, description="chains, over all workers")
         centred: bool = True
         offset_rate: float = Field(default=0.01, ge=0, le=1, description="ν, the offsets' sliding factor")
         initial_scale: float = Field(default=0.01, gt=0, description="standard deviation of the initial weights")
@@ -68,11 +73,13 @@ class RBM(GenerativeModel, HasLikelihood, HasEnergy, HasCompletion):
             default=0.5, gt=0, description="σ² of Gaussian visibles, in shares of the data's variance"
         )
         learn_variance: bool = True
+        weight_cost: float = Field(default=0.0, ge=0, description="of half the squared weights")
+        sparsity_cost: float = Field(default=0.0, ge=0, description="of hidden units whose activity is off the target")
+        sparsity_target: float = Field(default=0.05, gt=0, lt=1, description="share of the time a hidden unit is on")
+        sparsity_decay: float = Field(default=0.95, ge=0, lt=1, description="what the running activity keeps a play")
 
     config: Config
-    chains = frozenset({"particles"})
-    particles: Tensor
-    base_mean: Tensor
+    activity: Tensor
     shift: Tensor
     scale: Tensor
     sum_visible: Tensor
@@ -114,13 +121,6 @@ class RBM(GenerativeModel, HasLikelihood, HasEnergy, HasCompletion):
                 f"negative: exact needs at most {ENUMERABLE} binary units on one side; given {d} visible and "
                 f"{config.hidden} hidden ones. Use pcd or cd."
             )
-        share = distributed.share(config.chains)
-        held = share.stop - share.start
-        if held == 0:
-            raise ValueError(
-                f"{config.chains} chains do not go round {distributed.world_size()} workers: give `chains` at least "
-                "one a worker, or use fewer workers"
-            )
         self.register_buffer("base_mean", self.layer.rates())
         if data.levels is None:
             self.register_buffer("shift", torch.zeros(d))
@@ -128,9 +128,12 @@ class RBM(GenerativeModel, HasLikelihood, HasEnergy, HasCompletion):
         self.register_buffer("sum_visible", torch.zeros(d), persistent=False)
         self.register_buffer("sum_hidden", torch.zeros(config.hidden), persistent=False)
         self.register_buffer("count", torch.zeros(()), persistent=False)
+        self.sparse = config.sparsity_cost > 0
+        if self.sparse:
+            self.register_buffer("activity", torch.full((config.hidden,), config.initial_activity))
         with torch.no_grad():
             self._reset()
-            self.register_buffer("particles", self._draw_base(held))
+            self.start_chains()
         self.exact = self.layer.enumerable
         self._log_z: tuple[list[Tensor], Tensor] | None = None
 
@@ -145,46 +148,48 @@ class RBM(GenerativeModel, HasLikelihood, HasEnergy, HasCompletion):
         else:
             self.base_mean.copy_(mean)
         self._reset()
-        self.particles.copy_(self._draw_base(len(self.particles)))
-        self._step_chains()
+        self.restart_chains()
 
     def loss(self, batch: Batch, turn: str, clock: Clock) -> Loss:
-        v = self._visible(batch.x)
-        a = self.layer.hidden_input(v)
-        positive = self.layer.free_energy(v, a)
+        v, n = self._visible(batch.x), len(batch.x)
         if self.config.negative == "exact":
-            value = positive.mean() + self.layer.log_z().to(positive)
+            a = self.layer.hidden_input(v)
+            free_energy = self.layer.free_energy(v, a)
+            value = free_energy.mean() + self.layer.log_z().to(free_energy)
         else:
-            pcd = self.config.negative == "pcd"
-            negative = self.particles if pcd else run_chain(self.layer.gibbs, v, self.config.gibbs)
+            both, a = self.with_negative(v)
+            free_energy = self.layer.free_energy(both, a)
             # Of several workers' chains each counts with its worker's share of the batch.
-            value = contrast(positive, self.layer.free_energy(negative))
-        if self.training and self.config.centred:
+            value = contrast(free_energy[:n], free_energy[n:])
+        metrics = {"free_energy": free_energy[:n].detach().mean(), **self.swap_metrics()}
+        if self.config.weight_cost > 0:
+            value = value + 0.5 * self.config.weight_cost * self.layer.weight.square().sum()
+        if self.sparse:
+            mean_input = self.layer.mean_hidden_input(v)
+            value = value + self.config.sparsity_cost * sparsity(mean_input, self.activity, self.config.sparsity_target)
+            metrics["activity"] = self.activity.mean()
+        if self.training and (self.config.centred or self.sparse):
             with torch.no_grad():
                 self.sum_visible += v.sum(0)
-                self.sum_hidden += torch.sigmoid(a).sum(0)
-                self.count += v.shape[0]
-        return Loss(value, {"free_energy": positive.detach().mean()})
+                self.sum_hidden += torch.sigmoid(promote(a[:n])).sum(0)
+                self.count += n
+        return Loss(value, metrics)
 
     @torch.no_grad()
     def after(self, turn: str, clock: Clock) -> None:
         if not self.training:
             return
-        if self.config.centred:
+        if self.config.centred or self.sparse:
             distributed.sum_(self.count, self.sum_visible, self.sum_hidden)
+            visible, hidden = self.sum_visible / self.count, self.sum_hidden / self.count
             rate, layer = self.config.offset_rate, self.layer
-            layer.move_offsets(
-                rate * (self.sum_visible / self.count - layer.visible_offset),
-                rate * (self.sum_hidden / self.count - layer.hidden_offset),
-            )
+            if self.config.centred:
+                layer.move_offsets(rate * (visible - layer.visible_offset), rate * (hidden - layer.hidden_offset))
+            if self.sparse:
+                self.activity.lerp_(hidden, 1 - self.config.sparsity_decay)
             for total in (self.count, self.sum_visible, self.sum_hidden):
                 total.zero_()
-        self._step_chains()
-
-    def _step_chains(self) -> None:
-        # Between plays, not in `loss`: once a play however many microbatches it has, at the parameters of the next.
-        if self.config.negative == "pcd":
-            self.particles.copy_(run_chain(self.layer.gibbs, self.particles, self.config.gibbs))
+        self.step_chains()
 
     # Likelihood.
 
@@ -199,7 +204,7 @@ class RBM(GenerativeModel, HasLikelihood, HasEnergy, HasCompletion):
             return None
         # Compared by value: an average of the parameters may be swapped in, which no version counter notices.
         now = [t.detach() for t in self.layer.state_dict().values()]
-        if self._log_z is None or not all(map(_same, self._log_z[0], now)):
+        if self._log_z is None or not same(self._log_z[0], now):
             self._log_z = [t.clone() for t in now], self.layer.log_z()
         return self._log_z[1]
 
@@ -245,8 +250,15 @@ class RBM(GenerativeModel, HasLikelihood, HasEnergy, HasCompletion):
     ) -> Tensor:
         """`n` chains' states after `burn_in` Gibbs steps from the particles, taken in turn: with PCD from its chains,
         with CD from the base-rate model's draws. The particles themselves stay where they are."""
-        start = self.particles[torch.arange(n, device=self.device) % len(self.particles)]
+        start = self.standing()[torch.arange(n, device=self.device) % len(self.particles)]
         return self._stored(run_chain(self.layer.gibbs, start, burn_in))
+
+    @torch.no_grad()
+    def chain(self, x: Tensor) -> Iterator[Tensor]:
+        v = self._visible(x)
+        while True:
+            v = self.layer.gibbs(v)
+            yield self._stored(v)
 
     @torch.no_grad()
     def complete(
@@ -266,6 +278,9 @@ class RBM(GenerativeModel, HasLikelihood, HasEnergy, HasCompletion):
 
         start = clamp(self._draw_base(len(v)))
         return self._stored(run_chain(lambda state: clamp(self.layer.gibbs(state)), start, burn_in))
+
+    def receptive_fields(self) -> Float[Tensor, " hidden *shape"]:
+        return self.layer.weight.T.unflatten(1, self.data.shape)
 
     def _draw_base(self, n: int) -> Float[Tensor, " n v"]:
         return self.layer.draw_visible(self.layer.bias_for(self.base_mean).expand(n, -1))
@@ -314,7 +329,3 @@ def _sgd(lr: float, clip: float | None = None, schedule: Literal["constant", "li
 def _recipe(sgd: Optimizer, batch_size: int, steps: int) -> Recipe:
     # fp32: two free energies of hundreds of nats are subtracted, and the products are too small for bf16 to pay.
     return Recipe(batch_size=batch_size, steps=steps, optimizers={"model": sgd}, precision="fp32")
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)

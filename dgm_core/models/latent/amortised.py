@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
-from dgm_core.capabilities import HasDecoder, HasLikelihood, HasPosterior
+from dgm_core.capabilities import HasDecoder, HasLikelihood, HasPosterior, HasReceptiveFields
 from dgm_core.config import Strict
 from dgm_core.contract import DataMismatch, DataSpec, GenerativeModel
 from dgm_core.distributions.bernoulli import Bernoulli
@@ -54,7 +54,7 @@ class AmortisedConfig(Strict):
     conditional: bool = Field(default=False, description="p(x | z, y) and q(z | x, y)")
 
 
-class AmortisedModel(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder):
+class AmortisedModel(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder, HasReceptiveFields):
     """Abstract: a concrete model fills in `infer` and `loss`.
 
     Args:
@@ -112,12 +112,12 @@ class AmortisedModel(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder):
             total = torch.logaddexp(total, weights.logsumexp(1))
         return total - math.log(samples)
 
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+    def posterior(self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Distribution:
         """q(z | x), event of size `latents`."""
         q = self.infer(x, y)
         return q.gaussian() or q
 
-    def kl(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B latents"]:
+    def kl(self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Float[Tensor, " B latents"]:
         """KL(q(z | x) ‖ p(z)) a latent: in closed form of a Gaussian, else by draws."""
         q = self.infer(x, y)
         return kl_to_standard_normal(q.start_mean, q.log_variance) if q.maps is None else q.kl(q.draw(KL_DRAWS))
@@ -136,6 +136,11 @@ class AmortisedModel(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder):
         """x ~ p(x | z) with z ~ N(0, temperature² I). An unconditional model has no use for y."""
         y = self.labels_for(n, y) if self.config.conditional else None
         return self.observation.sample(self._theta(temperature * self.draw_latent(n), y))
+
+    def receptive_fields(self) -> Float[Tensor, " hidden *shape"] | None:
+        """Of the encoder's first layer; None of convolutions."""
+        first = self.encoder[0] if self.config.network == "mlp" and isinstance(self.encoder, nn.Sequential) else None
+        return first.weight[:, : self.data.dims].unflatten(1, self.data.shape) if isinstance(first, nn.Linear) else None
 
     def _encoded(self, x: Tensor, y: Tensor | None) -> Float[Tensor, " B outputs"]:
         """All that the encoder says of x, in full precision."""

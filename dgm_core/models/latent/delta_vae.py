@@ -191,12 +191,12 @@ class DeltaVAE(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder):
             total = torch.logaddexp(total, (log_p - log_q).logsumexp(1))
         return total - math.log(samples)
 
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+    def posterior(self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Distribution:
         """q(z | x), the latents of all z_t in one event."""
         mean, log_variance = self.infer(x)
         return Independent(Normal(mean.flatten(1), (0.5 * log_variance).exp().flatten(1)), 1)
 
-    def kl(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B latents"]:
+    def kl(self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Float[Tensor, " B latents"]:
         """From the prior that δ was committed against: its sum is never below `rate`."""
         return self.prior.kl(*self.infer(x)).flatten(1)
 

@@ -37,7 +37,7 @@ from torch.distributions import Distribution
 from torch.nn import functional as F
 
 from dgm_core import distributed
-from dgm_core.capabilities import HasDecoder, HasPosterior
+from dgm_core.capabilities import HasCritic, HasDecoder, HasPosterior
 from dgm_core.config import Optimizer, Recipe, Strict
 from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss, Turn
 from dgm_core.distributions.flow_posterior import FlowPosterior
@@ -78,7 +78,7 @@ def who_moves(
     return {"decoder": promote(~behind | ahead), "discriminator": promote(~ahead | behind)}
 
 
-class VAEGAN(GenerativeModel, HasPosterior, HasDecoder):
+class VAEGAN(GenerativeModel, HasPosterior, HasDecoder, HasCritic):
     """An autoencoder that compares in features which a discriminator learns."""
 
     class Config(Strict):
@@ -202,12 +202,12 @@ class VAEGAN(GenerativeModel, HasPosterior, HasDecoder):
         waiting = iter(kept)
         standing_statistics(nn.ModuleList([self.encoder, self.decoder]), lambda: self._make(next(waiting).x), len(kept))
 
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+    def posterior(self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Distribution:
         """q(z | x), event of size `latents`."""
         q = self.infer(x)
         return q.gaussian() or q
 
-    def kl(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B latents"]:
+    def kl(self, x: Tensor, y: Tensor | None = None, context: Mapping[str, Tensor] = {}) -> Float[Tensor, " B latents"]:
         """KL(q(z | x) ‖ p(z)) a latent, in closed form."""
         q = self.infer(x)
         return kl_to_standard_normal(q.start_mean, q.log_variance)
@@ -225,6 +225,16 @@ class VAEGAN(GenerativeModel, HasPosterior, HasDecoder):
     ) -> Tensor:
         """Dec(z) with z ~ N(0, temperature² I); classes are not told apart."""
         return to_stored(self.decode(temperature * self.draw_latent(n)), self.data)
+
+    @property
+    def threshold(self) -> float | None:
+        return 0.0
+
+    def data_scores(self, x: Tensor, y: Tensor | None = None) -> Float[Tensor, " B"]:
+        return self.discriminator(to_network(x, self.data, self._dtype))[0]
+
+    def sample_scores(self, n: int) -> Float[Tensor, " n"]:
+        return self.discriminator(self._render(self.draw_latent(n)))[0]
 
     def _render(self, z: Float[Tensor, " B latents"]) -> Float[Tensor, " B C H W"]:
         return self.decoder(z.to(self._dtype)).to(self._dtype)

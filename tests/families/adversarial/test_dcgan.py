@@ -38,10 +38,10 @@ def test_running_averages_move_once_a_play() -> None:
     model, x = build(), torch.randint(0, 256, (6, 2, 16, 16), dtype=torch.uint8)
     (moments,) = [m for m in model.discriminator.modules() if isinstance(m, Moments)]
     model.loss(Batch(x), "discriminator", CLOCK)
-    noted = (moments.noted[:8] / 2).clone()  # 8 channels; the unbiased variances follow
-    assert moments.noted[-1] == 2
+    (first, _), (second, _) = moments.noted
     model.after("discriminator", CLOCK)
-    torch.testing.assert_close(moments.running_mean, 0.1 * noted, rtol=0, atol=1e-14)
+    torch.testing.assert_close(moments.running_mean, 0.1 * (first + second) / 2, rtol=0, atol=1e-14)
+    assert not moments.noted
 
 
 def test_calibration_makes_evaluation_agree_with_training() -> None:

@@ -155,6 +155,23 @@ def test_stepped_log_probabilities_equal_the_forward_pass(kind):
     torch.testing.assert_close(log_prob, model.log_prob(x, y, context), rtol=1e-12, atol=1e-9)
 
 
+@torch.no_grad()
+@data_kinds
+def test_stepped_log_probabilities_in_single_precision(kind):
+    data = DATA[kind]
+    model = build(data).float()
+    y, context = conditions(data, 2)
+    x = images(data, 2).long()
+    memory = model.network.start(x, model.conditioner(2, y, context))
+    stepped = torch.zeros(2)
+    for r in range(data.shape[1]):
+        model.network.row(memory, r)
+        for c, k in itertools.product(range(data.shape[2]), range(data.shape[0])):
+            stepped += model.network.step(memory, r, c, k).gather(1, x[:, k, r, c, None])[:, 0]
+    # Nats a coordinate, the promise's unit.
+    torch.testing.assert_close(stepped / data.dims, model.log_prob(x, y, context) / data.dims, rtol=0, atol=1e-5)
+
+
 def test_probabilities_of_all_images_sum_to_one_and_depend_on_label_and_context():
     context = {"map": DataSpec("image", (1, 1, 2), 4)}
     data = DataSpec("image", (2, 2, 2), 2, classes=2, context=context)

@@ -185,6 +185,28 @@ def test_stepped_log_probabilities_equal_the_forward_pass(variant, kind):
 
 
 @variants
+@pytest.mark.parametrize("kind", ["colour", "conditional"])
+@torch.no_grad()
+def test_stepped_log_probabilities_in_single_precision(variant, kind):
+    model, config = VARIANTS[variant]
+    data = DATA[kind]
+    model = build(model, data, **config).float()
+    y, context = conditions(data, 2)
+    x = torch.randint(data.levels, (2, *grid_shape(data)))
+    memory = model.network.start(x, model.conditioner(2, y, context))
+    stepped = torch.zeros(2)
+    channels, height, width = grid_shape(data)
+    for r in range(height):
+        model.network.row(memory, r)
+        for c, k in itertools.product(range(width), range(channels)):
+            logits = model.network.step(memory, r, c, k)
+            stepped += logits.log_softmax(1).gather(1, x[:, k, r, c, None])[:, 0]
+    whole = model.log_prob(x.view(2, *data.shape), y, context)
+    # Nats a coordinate, the promise's unit.
+    torch.testing.assert_close(stepped / data.dims, whole / data.dims, rtol=0, atol=1e-5)
+
+
+@variants
 def test_samples_follow_the_exact_probabilities(variant):
     model, config = VARIANTS[variant]
     data = DataSpec("image", (1, 2, 2), 2)

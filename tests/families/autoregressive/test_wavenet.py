@@ -21,6 +21,8 @@ DATA = {
     "classes": DataSpec("audio", (24,), 16, classes=3),
     "conditional": DataSpec("audio", (24,), 16, classes=2, context=CONTEXT),
     "codes": DataSpec("codes", (13,), 300, classes=2),
+    "mu-law": DataSpec("audio", (24,), 256, classes=2, context={"pitch": DataSpec("codes", (8,), 6)}),
+    "16 bits": DataSpec("audio", (24,), 65_536, classes=2, context={"pitch": DataSpec("codes", (8,), 6)}),
 }
 SOFTMAX, MIXTURE = {"output": "softmax"}, {"output": "logistic_mixture"}
 SIZES = {"channels": 6, "hidden": 7, "skip": 8, "head": 9, "mixtures": 3, "condition": 5}
@@ -33,6 +35,9 @@ CASES = {
     "codes": ("codes", SOFTMAX),
     "mixture": ("audio", MIXTURE),
     "mixture of everything": ("conditional", MIXTURE),
+    "softmax of 256 levels": ("mu-law", SOFTMAX),
+    "mixture over 256 levels": ("mu-law", MIXTURE),
+    "mixture over 16 bits": ("16 bits", MIXTURE),
 }
 cases = pytest.mark.parametrize("case", CASES)
 
@@ -260,6 +265,20 @@ def test_local_conditions_act_at_their_own_time():
         said = [model.network(x, model.conditioner(1, None, {"pitch": torch.tensor([[1, k, 2]])})) for k in (0, 3)]
         differs = (said[0] != said[1])[0, 0, 0].any(1).nonzero().flatten()
         assert differs.min().item() == first
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [SOFTMAX, MIXTURE], ids=["softmax", "mixture"])
+def test_a_class_and_a_speaker_act_on_every_sample_from_the_first(config):
+    data = DataSpec("audio", (24,), 16, classes=2, context={"speaker": DataSpec("vector", (4,), None)})
+    model = build(data, **config)
+    x, speaker = torch.randint(16, (1, 24)), torch.randn(1, 4, dtype=torch.float64)
+    terms = [
+        model.log_conditionals(x, torch.tensor([y]), {"speaker": s})[0, 0, 0]
+        for y, s in ((0, speaker), (1, speaker), (0, -speaker))
+    ]
+    assert (terms[0] != terms[1]).all(), "the class"
+    assert (terms[0] != terms[2]).all(), "the speaker"
 
 
 def test_labels_are_drawn_when_none_are_given_and_unused_when_not_wanted():

@@ -77,6 +77,30 @@ def test_the_sleep_gradient_is_that_of_the_mean_log_recognition_over_dreams():
     assert_mean(blocks(instance, "sleep", own), exact)
 
 
+@pytest.mark.parametrize("turn", ["wake", "sleep"])
+def test_gradients_of_all_states_put_in_by_hand_are_the_enumerated_ones(turn, monkeypatch):
+    """Each state's own gradient, times the chance of its being drawn: no draws, so equal to rounding."""
+    instance = model()
+    if turn == "wake":
+        layers, player = given(X[0], states(*HIDDEN)), "generative"
+        chance = log_q(instance.recognition, layers).exp().detach()
+        exact = chance @ log_p(instance.generative, layers)
+    else:
+        layers, player = states(4, *HIDDEN), "recognition"
+        chance = log_p(instance.generative, layers).exp().detach()
+        exact = chance @ log_q(instance.recognition, layers)
+    own = list(instance.players()[player])
+    total = torch.zeros(sum(p.numel() for p in own)).double()
+    for row, share in enumerate(chance):
+        state = [h[row : row + 1] for h in layers]
+        drawn = [h[:, None] for h in state[1:]]
+        terms = instance.recognition.log_terms([state[0][:, None], *drawn])
+        monkeypatch.setattr(instance.recognition, "forward", lambda v, count, to=(drawn, terms): to)
+        monkeypatch.setattr(instance.generative, "draw", lambda n, to=state: to)
+        total += share * gradients(instance.loss(Batch(X), turn, CLOCK).value, own)
+    assert torch.allclose(total, gradients(-exact, own), atol=1e-10)
+
+
 def test_the_reweighted_gradients_are_those_of_weighted_draws():
     instance = rws()
     layers = given(X[0], states(*HIDDEN))

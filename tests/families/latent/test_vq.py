@@ -7,15 +7,20 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from dgm_core import distributed
+from dgm_core.config import Recipe
 from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec
+from dgm_core.evaluation import codes
 from dgm_core.models.latent import base
 from dgm_core.models.latent.base import level_names, spread
 from dgm_core.models.latent.vq_vae import VQVAE
 from dgm_core.models.latent.vq_vae2 import VQVAE2
 from dgm_core.nn.quantiser import VectorQuantiser, nearest
-from tests.support import Tensors, equal_states, examples
+from dgm_core.training.trainer import Trainer
+from tests.support import CommonNoise, Tensors, equal_states, examples
 
 GREY = DataSpec("image", (1, 8, 8), 256, classes=2, class_shares=(0.25, 0.75))
 START = Clock(0, 10)
@@ -254,6 +259,51 @@ def test_real_valued_images_keep_their_units():
     assert model.decode_codes(codes).mean() > 200  # not clipped
     assert model.sample(2).dtype == torch.float32
     assert model.reduction == 64 * 32 / ((16 + 4) * math.log2(6))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "expected"),
+    [
+        (VQVAE, (3, 128, 128), 128 * 128 * 3 * 8 / (32 * 32 * 9)),  # 42.7: the paper's "approximately 42.6"
+        (VQVAE2, (3, 256, 256), 256 * 256 * 3 * 8 / ((64 * 64 + 32 * 32) * 9)),
+    ],
+)
+def test_evaluation_reports_the_models_reduction(model, shape, expected):
+    data = DataSpec("image", shape, 256)
+    with torch.device("meta"):
+        instance = model(model.defaults(data)[0], data)
+    assert instance.reduction == pytest.approx(expected)
+    assert codes.reduction(data, instance.code_specs()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("codebook", ["ema", "loss"])
+def test_two_ranks_start_move_and_revive_the_codebooks_of_one(codebook, two_ranks):
+    one = rounds_with_revivals(codebook, 0, 1)
+    for level in ("top", "bottom"):
+        usage = one[f"quantisers.{level}.usage"]
+        revived = (usage == 1 / 24).sum().item()  # to the bit: what a code is given that has just been revived
+        assert 0 < revived < 24
+    for two in two_ranks.run(share_of_rounds_with_revivals, codebook):
+        for name, expected in one.items():
+            # Sums in another order.
+            torch.testing.assert_close(two[name], expected, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def share_of_rounds_with_revivals(codebook: str) -> dict[str, Tensor]:
+    return rounds_with_revivals(codebook, distributed.rank(), distributed.world_size())
+
+
+def rounds_with_revivals(codebook: str, rank: int, world: int) -> dict[str, Tensor]:
+    """Twenty-four codes, more than two kinds of image need, that must be used nearly alike to stay where they are."""
+    model = build(2, codebook=codebook, codes=24, decay=0.5, revive_below=0.9)
+    sgd = {"model": {"algorithm": "sgd", "lr": 1e-3}}
+    recipe = Recipe.model_validate({"batch_size": 10, "steps": 3, "optimizers": sgd, "precision": "fp64"})
+    trainer = Trainer(model, recipe, Tensors(examples(GREY, 30)))
+    torch.manual_seed(7)
+    mine = distributed.share(10, rank, world)
+    with CommonNoise(mine.start, mine.stop - mine.start, 10):
+        trainer.fit()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def test_base_is_abstract():
