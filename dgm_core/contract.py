@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
 Kind = Literal["image", "audio", "codes", "vector"]
+OBSERVED = "observed"  # the context that says which values of an example are there, where some may be missing
 _AXES = {"image": (3,), "audio": (1,), "codes": (1, 2), "vector": (1,)}
 
 
@@ -159,12 +160,18 @@ class GenerativeModel(nn.Module, ABC):
 
     Config: ClassVar[type[Strict]]
     chains: ClassVar[frozenset[str]] = frozenset()  # buffers that belong to a rank: gathered on save, split on load
+    takes_missing: ClassVar[bool] = False  # whether it goes by the context OBSERVED
 
     def __init__(self, config: Strict, data: DataSpec) -> None:
         """Build the network; raise `DataMismatch` for data it cannot model, in the user's words."""
         super().__init__()
         self.config = config
         self.data = data
+        if OBSERVED in data.context and not self.takes_missing:
+            raise DataMismatch(
+                f"values of this data may be missing, and {type(self).__name__} would take those for zeros. Use ppca, "
+                "or fill the gaps and prepare the data with missing: refuse"
+            )
 
     @classmethod
     @abstractmethod

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dgm_core.contract import DataMismatch, DataSpec
+from dgm_core.contract import OBSERVED, DataMismatch, DataSpec
 from dgm_core.data import noise
 from dgm_core.data.shards import SPLITS, Dataset, ShardWriter
 from dgm_core.data.sources.base import Arrays, Map, Part, Plan, Source
@@ -130,8 +130,8 @@ def work(task: Task, config: Source, steps: Sequence[dict[str, Any]], seed: int)
         )
     index = np.arange(task.first, task.first + len(arrays.x))
     x = apply_all(arrays.x, list(steps), index, (seed, 0))
-    if "observed" in arrays.context and x.dtype == np.float32:
-        x = np.where(arrays.context["observed"].astype(bool), x, np.float32(0))
+    if OBSERVED in arrays.context and x.dtype == np.float32:
+        x = np.where(arrays.context[OBSERVED].astype(bool), x, np.float32(0))
     return arrays._replace(x=x)
 
 
@@ -167,7 +167,7 @@ def _moments(decoded: Iterator[Arrays], tasks: Sequence[Task], split_of: np.ndar
         if not rows.any():
             continue
         x = arrays.x[rows].astype(np.float64)
-        seen = arrays.context["observed"][rows].astype(bool) if "observed" in arrays.context else np.ones_like(x, bool)
+        seen = arrays.context[OBSERVED][rows].astype(bool) if OBSERVED in arrays.context else np.ones_like(x, bool)
         if shift is None:
             shift = x.sum(0) / np.maximum(seen.sum(0), 1)
             count, first, second = np.zeros_like(shift), np.zeros_like(shift), np.zeros_like(shift)

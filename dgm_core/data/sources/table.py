@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 from pydantic import Field
 
-from dgm_core.contract import DataMismatch, DataSpec
+from dgm_core.contract import OBSERVED, DataMismatch, DataSpec
 from dgm_core.data.sources.base import SPLIT_NAMES, Arrays, Map, Part, Plan, Source
 from dgm_core.data.sources.files import class_lines
 
@@ -57,7 +57,7 @@ class Csv(Source):
             plan.lines.append(
                 f"{file.name}: {len(tables[split])} lines, {len(columns)} columns, {missing} values missing"
             )
-        mask = {"observed": DataSpec("vector", (len(columns),), 2)} if self.missing == "allow" else {}
+        mask = {OBSERVED: DataSpec("vector", (len(columns),), 2)} if self.missing == "allow" else {}
         plan.spec = DataSpec("vector", (len(columns),), self.levels, len(plan.class_names), context=mask)
         plan.facts["columns"] = columns
         return plan
@@ -72,7 +72,7 @@ class Csv(Source):
         if self.label:
             number = {name: k for k, name in enumerate(class_names)}
             y = np.asarray([number[str(value)] for value in table[self.label].to_pylist()], np.int64)
-        context = {"observed": observed.astype(np.uint8)} if self.missing == "allow" else {}
+        context = {OBSERVED: observed.astype(np.uint8)} if self.missing == "allow" else {}
         dtype = np.float32 if self.levels is None else np.uint8 if self.levels <= 256 else np.int64
         return Arrays(x.astype(dtype), y, context)
 

@@ -36,13 +36,12 @@ from torch.nn import functional as F
 from dgm_core import distributed
 from dgm_core.capabilities import HasCompletion, HasDecoder, HasLikelihood, HasPosterior
 from dgm_core.config import Recipe, Strict
-from dgm_core.contract import Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss, Turn
+from dgm_core.contract import OBSERVED, Batch, Clock, DataMismatch, DataSpec, GenerativeModel, Loss, Turn
 from dgm_core.precision import full_precision
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-OBSERVED = "observed"  # the context that says which coordinates are there
 TINY = torch.finfo(torch.float32).tiny  # below it no variance has a logarithm in single precision
 
 
@@ -61,6 +60,7 @@ class PPCA(GenerativeModel, HasLikelihood, HasPosterior, HasDecoder, HasCompleti
 
     config: Config
     exact = True
+    takes_missing = True
     mean: Tensor
     weight: Tensor
     log_variance: Tensor
