@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.rows import QualityRow
+from benchmarks.rows import Figure, QualityRow
 from pipelines.text import number
 
 HEAD = """\
@@ -35,35 +35,52 @@ def figure_text(found: Mapping[str, Any]) -> str:
 
 
 def _quality(quality: Sequence[tuple[QualityRow, Mapping[str, Any] | None]]) -> list[str]:
-    lines = [
-        "## Quality on real data",
-        "",
-        "| model | data | figure | measured | bound | | published |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row, stored in quality:
-        for i, (name, figure) in enumerate(row.figures.items()):
-            first = [f"`{row.model}`", row.data] if i == 0 else ["", ""]
-            measured, verdict = f"not run yet: `make results ROW={row.name}`", ""
-            if stored is not None:
-                found = stored["figures"][name]
-                measured = f"**{figure_text(found)}** {figure.unit}".rstrip()
-                if figure.bound is not None:
-                    verdict = "met" if figure.bound.met(found["value"]) else "**missed**"
-            published = f"{figure.published} ({figure.source})" if figure.source else figure.published
-            bound = f"{figure.bound.text} {figure.unit}".rstrip() if figure.bound else "–"
-            lines.append(_table_row(*first, f"{name} ({figure.metric})", measured, bound, verdict, published))
-    lines += ["", "How each was measured:", ""]
-    for row, stored in quality:
-        if stored is not None:
-            minutes = stored["wall_s"] / 60
-            late = "" if minutes <= row.minutes else " (**over its budget**)"
-            seeds = f"seed {row.seeds[0]}" if len(row.seeds) == 1 else f"seeds {', '.join(map(str, row.seeds))}"
-            lines.append(
-                f"- `{row.name}` — {row.estimator}; {seeds}; {minutes:.1f} of {row.minutes:g} minutes{late}; "
-                f"{_circumstances(stored)}. `{stored['command']}`"
-            )
-    return [*lines, ""] if lines[-1] else [*lines[:-2], ""]
+    measured = [(row, stored) for row, stored in quality if stored is not None]
+    waiting = [row for row, stored in quality if stored is None]
+    lines = ["## Quality on real data", ""]
+    if measured:
+        lines += ["| model | data | figure | measured | bound | | published |", "|---|---|---|---|---|---|---|"]
+        lines += [line for row, stored in measured for line in _figures(row, stored)]
+        lines += ["", "How each was measured:", "", *(_how(row, stored) for row, stored in measured), ""]
+    if waiting:
+        lines += ["Rows that are not run yet:", "", "| model | data | what is due | command |", "|---|---|---|---|"]
+        for row in waiting:
+            due = "; ".join(_due(name, figure) for name, figure in row.figures.items())
+            lines.append(_table_row(f"`{row.model}`", row.data, due, f"`make results ROW={row.name}`"))
+        lines.append("")
+    return lines
+
+
+def _figures(row: QualityRow, stored: Mapping[str, Any]) -> list[str]:
+    """A line a figure; the model and the data on the first."""
+    lines = []
+    for i, (name, figure) in enumerate(row.figures.items()):
+        first = [f"`{row.model}`", row.data] if i == 0 else ["", ""]
+        found = stored["figures"][name]
+        value = f"**{figure_text(found)}** {figure.unit}".rstrip()
+        bound, verdict = "–", ""
+        if figure.bound is not None:
+            bound = f"{figure.bound.text} {figure.unit}".rstrip()
+            verdict = "met" if figure.bound.met(found["value"]) else "**missed**"
+        published = f"{figure.published} ({figure.source})" if figure.source else figure.published
+        lines.append(_table_row(*first, f"{name} ({figure.metric})", value, bound, verdict, published))
+    return lines
+
+
+def _how(row: QualityRow, stored: Mapping[str, Any]) -> str:
+    minutes = stored["wall_s"] / 60
+    late = "" if minutes <= row.minutes else " (**over its budget**)"
+    seeds = f"seed {row.seeds[0]}" if len(row.seeds) == 1 else f"seeds {', '.join(map(str, row.seeds))}"
+    return (
+        f"- `{row.name}` — {row.estimator}; {seeds}; {minutes:.1f} of {row.minutes:g} minutes{late}; "
+        f"{_circumstances(stored)}. `{stored['command']}`"
+    )
+
+
+def _due(name: str, figure: Figure) -> str:
+    bound = f" {figure.bound.text} {figure.unit}".rstrip() if figure.bound else ""
+    published = f" (published {figure.published})" if figure.published else ""
+    return f"{name}{bound}{published}"
 
 
 def _graph(graph: Mapping[str, Any] | None) -> list[str]:
