@@ -22,7 +22,7 @@ patterns. Neither paper samples: D's hidden layer, its tanh for integers, and th
 marginals are ours. The first paper's modification against local minima, told elsewhere, is left out. 1996's rotated
 photographs and averaged pixels are the data's business; its discs' places are a figure's, here on a spiral.
 Expected: four units on eight mixtures of four independent fair bits, three seeds: mutual information of any two units
-at most 0.001 nats, total correlation at most 0.002; without the game (δ = 0, α = 1) ln 2 and 2.08:
+at most 0.0012 nats, total correlation at most 0.0041; without the game (δ = 0, α = 1) ln 2 and 2.08:
 `make results ROW=predictability_factors`.
 """
 
