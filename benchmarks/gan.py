@@ -20,6 +20,7 @@ import copy
 import statistics
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class Ours:
         self.trainer.fit()
 
 
-class Script:
+class Script(ABC):
     """The game by hand; `update` is one round on the batches that come."""
 
     def __init__(self, model: AdversarialModel, recipe: Recipe) -> None:
@@ -96,8 +97,9 @@ class Script:
         loss.backward()
         self.optimizers[1].step()
 
+    @abstractmethod
     def update(self, batches: Iterator[Tensor]) -> None:
-        raise NotImplementedError
+        """A turn of each, on the batches that it needs."""
 
 
 class PlainDCGAN(Script):
