@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks import fit
 from benchmarks.rows import Figure, Measured, at_least, row
 from dgm_core.data.shards import Dataset
-from dgm_core.data.sprites import Sprites
-from dgm_core.data.transforms import apply_all
-from dgm_core.evaluation.disentanglement import beta_vae_metric, mutual_information_gap
+from dgm_core.evaluation.disentanglement import beta_vae_metric, every_combination, mutual_information_gap
 from dgm_core.models.latent.beta_vae import BetaVAE
 
 SEEDS = (0, 1, 2)
@@ -67,7 +63,7 @@ def _measured(data: Dataset, beta: float, seed: int) -> tuple[float, float, floa
     model = fit.train("beta_vae", data, config={**CONFIG, "beta": beta}, recipe=recipe, seed=seed)
     assert isinstance(model, BetaVAE)
     torch.manual_seed(seed)
-    x, factors, counts = _every_combination(data)
+    x, factors, counts = every_combination(data.info)
     with torch.no_grad():
         parts = [model.infer(part) for part in x.split(500)]
         mean = torch.cat([q.start_mean for q in parts])
@@ -75,13 +71,3 @@ def _measured(data: Dataset, beta: float, seed: int) -> tuple[float, float, floa
         bounds = [(model.log_prob(b.x) + model.kl(b.x).sum(1)).double() for b in fit.held_out(data)]
     gap = mutual_information_gap(mean, sd, factors).gap
     return beta_vae_metric(mean, counts), gap, -torch.cat(bounds).mean().item()
-
-
-def _every_combination(data: Dataset) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Pictures as the data set stores them, and the numbers of their factors' values, in order."""
-    config = data.info["config"]
-    drawn = Sprites(*(config[name] for name in ("size", "scales", "rotations", "positions")))
-    index = np.arange(len(drawn))
-    factors = drawn.factors(index)
-    x = apply_all(drawn.draw(factors), data.info["transforms"], index, (data.info["seed"], 0))
-    return torch.from_numpy(x), torch.from_numpy(factors), drawn.counts
